@@ -31,6 +31,9 @@ from millrace.errors import SettingsError
 #: Variables that `.env` may hold for Docker Compose itself; they are not Millrace's.
 COMPOSE_PREFIXES = ("COMPOSE_", "DOCKER_", "BUILDKIT_")
 
+#: Engines that have a compose override, docker-compose.<name>.yml.
+ENGINES = ("llamacpp", "vllm")
+
 
 def _http_url(value: str) -> str:
     parts = urlsplit(value)
@@ -53,6 +56,23 @@ def _database_url(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
+def engine_override(compose_file: str, *, refuse: bool = False) -> str:
+    """Return the engine that COMPOSE_FILE chooses: llamacpp, vllm, or "" where it names neither.
+
+    Compose merges two of them without a word, into vLLM with llama.cpp's variables.
+
+    Raises:
+        ValueError: It names both, and that is to be refused.
+    """
+    found = [name for name in ENGINES if f"docker-compose.{name}.yml" in compose_file]
+    if len(found) > 1 and refuse:
+        raise ValueError(
+            "COMPOSE_FILE names both docker-compose.llamacpp.yml and docker-compose.vllm.yml; "
+            "there is one llm-server: take one of them out"
+        )
+    return found[0] if found else ""
+
+
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 
 
@@ -70,14 +90,22 @@ class Settings(BaseSettings):
     redis_host: str = Field("localhost", description="Redis host", min_length=1)
     redis_port: int = Field(6379, description="Redis port", ge=1, le=65535)
     redis_db: int = Field(0, description="Redis database number", ge=0, le=65535)
-    redis_password: SecretStr | None = Field(None, description="Redis password")
+    redis_password: SecretStr | None = Field(None, description="Redis password; a container needs one")
 
     # The engine: a llama.cpp server, vLLM, or any OpenAI-compatible server.
-    llm_backend: Literal["llamacpp", "vllm", "external"] = Field(
-        "llamacpp", description="Kind of engine; external = any OpenAI-compatible server"
+    compose_file: str = Field(
+        "", description="Compose files, with : between them; the engine's override among them chooses the engine"
     )
-    llm_server_url: HttpUrl = Field("http://localhost:8000", description="Engine URL, with or without /v1")
-    llm_api_key: SecretStr | None = Field(None, description="Engine API key")
+    llm_backend: Literal["llamacpp", "vllm", "external"] = Field(
+        default_factory=lambda before: engine_override(before.get("compose_file", "")) or "llamacpp",
+        description="Kind of engine; external = any OpenAI-compatible server; empty = the one in COMPOSE_FILE",
+    )
+    llm_port: int = Field(8000, description="Port of the engine's container, on loopback", ge=1, le=65535)
+    llm_server_url: HttpUrl = Field(
+        default_factory=lambda before: f"http://localhost:{before.get('llm_port', 8000)}",
+        description="Engine URL, with or without /v1; empty = LLM_PORT on this machine",
+    )
+    llm_api_key: SecretStr | None = Field(None, description="Engine API key; a container needs one")
     llm_model: str = Field("", description="Default model; empty = the first one the engine serves")
     llm_timeout: float = Field(
         120, description="Longest wait of an interactive request for the engine's answer, s", gt=0, le=86400
@@ -94,11 +122,48 @@ class Settings(BaseSettings):
     )
     n_gpu_layers: int = Field(0, description="Layers on the GPU; 0 = CPU only, -1 = all", ge=-1, le=10_000)
 
-    # vLLM in a container: for compose files that are still to come, nothing reads these yet.
-    model_name: str = Field("", description="HF folder or name that vLLM loads")
+    # vLLM.
+    model_name: str = Field(
+        "", description="HF folder that vLLM loads; /models/x means models/hf/x; or a name on the Hub"
+    )
     tensor_parallel_size: int = Field(1, description="GPUs that share one vLLM model", ge=1, le=64)
     gpu_memory_utilization: float = Field(0.9, description="Share of GPU memory vLLM takes", gt=0, le=1)
     max_model_len: int = Field(4096, description="vLLM's context, tokens", ge=128, le=10_000_000)
+    max_num_queued_reqs: int = Field(
+        1024, description="Requests vLLM holds, running ones too; more get 503", ge=1, le=1_000_000
+    )
+
+    # Containers. Compose reads these; so does the doctor.
+    models_source: str = Field(
+        "", description="Folder or volume with the engine's models; empty = models/gguf or models/hf"
+    )
+    llamacpp_server: Literal["native", "python"] = Field(
+        "native", description="llama.cpp's own server, or llama-cpp-python's, which answers one request at a time"
+    )
+    llamacpp_image: str = Field(
+        "localhost/millrace-llamacpp:0.3.36",
+        description="llama.cpp image; the default is built here; or ghcr.io/ggml-org/llama.cpp:server",
+    )
+    vllm_image: str = Field(
+        "vllm/vllm-openai:v0.33.0",
+        description="vLLM image ours is built on; vllm/vllm-openai-cpu:v0.33.0-x86_64 needs no GPU",
+    )
+    redis_image: str = Field("redis:7-alpine", description="Redis image")
+    gpu_ids: str = Field(
+        "all", description="GPUs of the engine with docker-compose.gpu.yml, by number or UUID, with commas"
+    )
+    llm_cpus: float = Field(0, description="Processors the engine's container may use; 0 = all", ge=0, le=4096)
+    llm_memory: str = Field(
+        "0", description="Memory the engine's container may use, such as 8g; 0 = all", pattern=r"^[0-9]+[bkmgBKMG]?$"
+    )
+
+    # Watching.
+    metrics_port: int = Field(
+        9809, description="Port of the worker's Prometheus metrics, on loopback; 0 = none", ge=0, le=65535
+    )
+    flower_port: int = Field(5555, description="Port of Flower, on loopback", ge=1, le=65535)
+    flower_basic_auth: SecretStr | None = Field(None, description="Flower's login, as user:password")
+    flower_read_only: bool = Field(True, description="Flower only shows; false lets it end tasks and workers")
 
     # Sampling of requests that Millrace itself writes: chat, .txt, .csv and templates.
     max_tokens: int = Field(1024, description="Longest answer, tokens", ge=1, le=32_000)
@@ -162,6 +227,11 @@ class Settings(BaseSettings):
                 f"TASK_TIME_LIMIT ({self.task_time_limit} s) must be longer than TASK_SOFT_TIME_LIMIT "
                 f"({self.task_soft_time_limit} s)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> Self:
+        engine_override(self.compose_file, refuse=True)
         return self
 
     @classmethod

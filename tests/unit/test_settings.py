@@ -321,6 +321,38 @@ def test_without_a_dotenv_no_variable_is_unknown() -> None:
     assert unknown_variables() == []
 
 
+# One line of .env chooses the engine
+
+
+@pytest.mark.parametrize(
+    ("compose_file", "backend"),
+    [
+        ("docker-compose.yml:docker-compose.llamacpp.yml", "llamacpp"),
+        ("docker-compose.yml:docker-compose.vllm.yml:docker-compose.gpu.yml", "vllm"),
+        ("docker-compose.yml", "llamacpp"),
+    ],
+)
+def test_the_engine_follows_from_compose_file(compose_file: str, backend: str) -> None:
+    dotenv(COMPOSE_FILE=compose_file)
+    assert load().settings.llm_backend == backend
+    assert unknown_variables() == []
+
+
+def test_llm_backend_wins_over_compose_file() -> None:
+    dotenv(COMPOSE_FILE="docker-compose.yml:docker-compose.llamacpp.yml", LLM_BACKEND="external")
+    assert load().settings.llm_backend == "external"
+
+
+def test_the_engines_url_follows_its_port() -> None:
+    dotenv(LLM_PORT="8123")
+    assert load().settings.llm_server_url == "http://localhost:8123"
+
+
+def test_both_engines_in_compose_file_are_refused() -> None:  # K6
+    dotenv(COMPOSE_FILE="docker-compose.yml:docker-compose.llamacpp.yml:docker-compose.vllm.yml")
+    assert "take one of them out" in refused().message
+
+
 # K20: .env.sample
 
 
@@ -329,7 +361,7 @@ def sample_variables() -> dict[str, str]:
     found = [match for line in lines if (match := re.match(r"^#? ?([A-Z][A-Z0-9_]*)=(.*)$", line))]
     names = [match[1] for match in found]
     assert len(names) == len(set(names)), "a variable stands there twice"
-    return {match[1]: match[2] for match in found if not match[1].startswith("COMPOSE_")}
+    return {match[1]: match[2] for match in found}
 
 
 def test_the_sample_has_every_variable_and_no_other() -> None:
