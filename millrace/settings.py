@@ -32,7 +32,7 @@ from millrace.errors import SettingsError
 COMPOSE_PREFIXES = ("COMPOSE_", "DOCKER_", "BUILDKIT_")
 
 #: Engines that have a compose override, docker-compose.<name>.yml.
-ENGINES = ("llamacpp", "vllm")
+ENGINES: tuple[Literal["llamacpp"], Literal["vllm"]] = ("llamacpp", "vllm")
 
 
 def _http_url(value: str) -> str:
@@ -56,8 +56,8 @@ def _database_url(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
-def engine_override(compose_file: str, *, refuse: bool = False) -> str:
-    """Return the engine that COMPOSE_FILE chooses: llamacpp, vllm, or "" where it names neither.
+def engine_override(compose_file: str, *, refuse: bool = False) -> Literal["llamacpp", "vllm"] | None:
+    """Return the engine that COMPOSE_FILE chooses; None where it names neither.
 
     Compose merges two of them without a word, into vLLM with llama.cpp's variables.
 
@@ -70,7 +70,7 @@ def engine_override(compose_file: str, *, refuse: bool = False) -> str:
             "COMPOSE_FILE names both docker-compose.llamacpp.yml and docker-compose.vllm.yml; "
             "there is one llm-server: take one of them out"
         )
-    return found[0] if found else ""
+    return found[0] if found else None
 
 
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
