@@ -117,9 +117,7 @@ class Settings(BaseSettings):
     )
     n_ctx: int = Field(4096, description="Context of each slot, tokens", ge=128, le=10_000_000)
     n_parallel: int = Field(8, description="Slots: requests the llama.cpp server works on at once", ge=1, le=1024)
-    n_threads: int = Field(
-        0, description="Threads of the embedded llama.cpp server; 0 = half the processors", ge=0, le=1024
-    )
+    n_threads: int = Field(0, description="Threads of the llama.cpp server; 0 = half the processors", ge=0, le=1024)
     n_gpu_layers: int = Field(0, description="Layers on the GPU; 0 = CPU only, -1 = all", ge=-1, le=10_000)
 
     # vLLM.
@@ -141,13 +139,14 @@ class Settings(BaseSettings):
         "native", description="llama.cpp's own server, or llama-cpp-python's, which answers one request at a time"
     )
     llamacpp_image: str = Field(
-        "localhost/millrace-llamacpp:0.3.36",
-        description="llama.cpp image; the default is built here; or ghcr.io/ggml-org/llama.cpp:server",
+        "compiled",
+        description="llama.cpp image to use, such as ghcr.io/ggml-org/llama.cpp:server; compiled = made here",
     )
     vllm_image: str = Field(
         "vllm/vllm-openai:v0.33.0",
-        description="vLLM image ours is built on; vllm/vllm-openai-cpu:v0.33.0-x86_64 needs no GPU",
+        description="vLLM image to use; vllm/vllm-openai-cpu:v0.33.0-x86_64 needs no GPU",
     )
+    llm_args: str = Field("", description="Further options of the engine's server, as on its command line")
     redis_image: str = Field("redis:7-alpine", description="Redis image")
     gpu_ids: str = Field(
         "all", description="GPUs of the engine with docker-compose.gpu.yml, by number or UUID, with commas"
@@ -156,6 +155,12 @@ class Settings(BaseSettings):
     llm_memory: str = Field(
         "0", description="Memory the engine's container may use, such as 8g; 0 = all", pattern=r"^[0-9]+[bkmgBKMG]?$"
     )
+    worker_user: str = Field(
+        "1000:1000",
+        description="User and group that worker containers run as; they must be able to write DATA_DIR",
+        pattern=r"^[0-9]+:[0-9]+$",
+    )
+    worker_replicas: int = Field(1, description="Worker containers", ge=0, le=1024)
 
     # Watching.
     metrics_port: int = Field(
