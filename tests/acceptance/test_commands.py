@@ -146,7 +146,9 @@ def test_doctor_on_a_bare_machine(cli: Cli) -> None:
         "ledger": "ok",
         "engine": "note",
         "model": "ok",
+        "docker": "ok",
         "disk": "ok",
+        "memory": "ok",
     }
     assert "millrace up" in found["redis"]["mend"]
     people = cli.run("doctor")
