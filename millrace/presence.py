@@ -68,7 +68,8 @@ def connect(settings: Settings, timeout: float = 5.0) -> Iterator[redis.Redis]:
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise Unreachable(
             f"Redis at {address} does not answer.",
-            "Start it (`millrace up` has one), or correct REDIS_URL or REDIS_HOST and REDIS_PORT.",
+            f"Start it ({'docker compose up -d --wait' if settings.compose_file else '`millrace up` has one'}), "
+            "or correct REDIS_URL or REDIS_HOST and REDIS_PORT.",
             code="redis_unreachable",
         ) from error
     finally:

@@ -146,7 +146,11 @@ class Settings(BaseSettings):
         "vllm/vllm-openai:v0.33.0",
         description="vLLM image to use; vllm/vllm-openai-cpu:v0.33.0-x86_64 needs no GPU",
     )
-    llm_args: str = Field("", description="Further options of the engine's server, as on its command line")
+    llamacpp_args: str = Field("", description="Further options of llama.cpp's server, as on its command line")
+    vllm_enable_cuda_compatibility: bool = Field(
+        False, description="vLLM's image runs on an older driver, on data-centre GPUs alone"
+    )
+    vllm_args: str = Field("", description="Further options of vllm serve, as on its command line")
     redis_image: str = Field("redis:7-alpine", description="Redis image")
     gpu_ids: str = Field(
         "all", description="GPUs of the engine with docker-compose.gpu.yml, by number or UUID, with commas"
@@ -169,6 +173,9 @@ class Settings(BaseSettings):
     flower_port: int = Field(5555, description="Port of Flower, on loopback", ge=1, le=65535)
     flower_basic_auth: SecretStr | None = Field(None, description="Flower's login, as user:password")
     flower_read_only: bool = Field(True, description="Flower only shows; false lets it end tasks and workers")
+    prometheus_port: int = Field(9090, description="Port of Prometheus, on loopback", ge=1, le=65535)
+    grafana_port: int = Field(3000, description="Port of Grafana, on loopback", ge=1, le=65535)
+    grafana_password: SecretStr | None = Field(None, description="Grafana's password of the user admin")
 
     # Sampling of requests that Millrace itself writes: chat, .txt, .csv and templates.
     max_tokens: int = Field(1024, description="Longest answer, tokens", ge=1, le=32_000)

@@ -27,6 +27,7 @@ from millrace.batch.submit import Order, open_input, submit
 from millrace.errors import MillraceError
 from millrace.settings import Settings, get_settings
 from worker.app import BROKER_PRIORITY, app
+from worker.holding import held
 from worker.lifecycle import draining
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ def plan(path: str, model: str = "", priority: str = "normal", name: str = "") -
 def run_shard() -> dict[str, Any]:
     """Run shards until there are none or the session's time is over."""
     settings = get_settings()
+    if held():
+        return {"skipped": "the engine is being changed; tickets are sent again"}
     if not waiting_shards(ledger()):
         # A ticket that was sent ahead: others have done the work.
         return {"skipped": "there is nothing to claim"}
@@ -67,7 +70,7 @@ def run_shard() -> dict[str, Any]:
             return {"skipped": "every runner of this machine is at work; they claim what there is"}
         leases = Leases(ledger(), f"{socket.gethostname()}:{os.getpid()}", settings.batch_lease_seconds)
         trouble = presence.Trouble(settings)
-        session = Session(leases, settings, stop=draining, seconds=SESSION, report=trouble.tell, ended_batch=send_merge)
+        session = Session(leases, settings, stop=_stop, seconds=SESSION, report=trouble.tell, ended_batch=send_merge)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 outcome = runner.run(session.run())
@@ -78,6 +81,10 @@ def run_shard() -> dict[str, Any]:
     if outcome.more or waiting_shards(ledger()):
         send_tickets(most=1)
     return {"shards": outcome.shards, "rows": outcome.rows}
+
+
+def _stop() -> bool:
+    return draining() or held()
 
 
 @app.task(name="batch.merge")

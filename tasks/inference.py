@@ -11,12 +11,15 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import cache
 from typing import Any
 
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery import Task
+from celery.exceptions import Reject
 
+from millrace import metrics
 from millrace.batch.lines import CHAT, COMPLETIONS, EMBEDDINGS
 from millrace.batch.schema import Priority
 from millrace.engine.interactive import Caller
@@ -24,6 +27,7 @@ from millrace.engine.retry import EngineTimeout
 from millrace.errors import MillraceError
 from millrace.settings import get_settings
 from worker.app import BROKER_PRIORITY, app
+from worker.holding import held
 
 
 class InferenceTask(Task):
@@ -107,7 +111,30 @@ def _call(path: str, payload: dict[str, Any]) -> dict[str, Any]:
     if isinstance(payload.get("priority"), str):
         # From a producer without our task classes; the engine's own `priority` is a number.
         del payload["priority"]
+    if held():
+        raise Reject("the engine is being changed", requeue=True)  # its queue is served again afterwards
     caller = _caller(os.getpid())
+    started = time.monotonic()
+    usage: dict[str, Any] = {}
+    error = "exception"  # one that is none of ours
+    try:
+        answer = _ask(caller, path, payload)
+        usage, error = answer.get("usage") or {}, ""
+        return answer
+    except MillraceError as failure:
+        error = failure.code
+        raise
+    finally:
+        metrics.interactive_answer(
+            caller.model_of(payload) or "unknown",
+            time.monotonic() - started,
+            usage.get("prompt_tokens") or 0,
+            usage.get("completion_tokens") or 0,
+            error,
+        )
+
+
+def _ask(caller: Caller, path: str, payload: dict[str, Any]) -> dict[str, Any]:
     try:
         return caller.call(path, payload)
     except SoftTimeLimitExceeded:

@@ -103,7 +103,7 @@ def celery_worker(cwd: Path, *arguments: str, app: str = "worker", **settings: o
         process = subprocess.Popen(
             [sys.executable, "-m", "celery", "-A", app, "worker", *arguments],
             cwd=cwd,
-            env=environment(data_dir=cwd / "data", **settings),
+            env=environment(**{"data_dir": cwd / "data", "metrics_port": 0} | settings),
             stdout=log,
             stderr=log,
             start_new_session=True,

@@ -10,9 +10,11 @@ to the keys that our workers read. Its messages without a priority count as high
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from celery import Celery
+from celery import Celery, signals
+from click import Option
 from kombu.entity import Exchange, Queue
 
 from millrace.batch.schema import Priority
@@ -36,6 +38,9 @@ BROKER_PRIORITY = {
     Priority.LOW: 6,
     Priority.IDLE: 9,
 }
+
+#: The header with the time at which a message was sent, seconds since 1970: Redis does not know it.
+SENT_AT = "sent_at"
 
 app = Celery("millrace", include=["tasks.inference", "tasks.batch", "tasks.models", "tasks.maintenance"])
 
@@ -131,5 +136,13 @@ def _configuration() -> dict[str, Any]:
     }
 
 
+@signals.before_task_publish.connect
+def _stamp(headers: dict[str, Any], **_: Any) -> None:
+    headers[SENT_AT] = time.time()
+
+
 app.add_defaults(_configuration)
 app.steps["consumer"].add("worker.lifecycle:Presence")
+app.steps["worker"].add("worker.lifecycle:Metrics")
+# From the supervisor, which serves the metrics of all its processes.
+app.user_options["worker"].add(Option(("--metrics-fd",), type=int, hidden=True))

@@ -1,4 +1,4 @@
-"""What a worker does besides its tasks: says that it is there, calls the reaper, tells runners to stop.
+"""What a worker does besides its tasks: says that it is there, calls the reaper, tells runners to stop, counts.
 
 The main process does all of it, on Celery's own timer: a thread beside a fork could leave a lock held
 in the child for ever.
@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import socket
+import subprocess
 import sys
 import time
 from typing import Any
@@ -19,8 +20,9 @@ import billiard.pool
 import redis
 from celery import bootsteps, signals
 
-from millrace import presence
+from millrace import metrics, presence
 from millrace.settings import get_settings
+from worker import holding
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,7 @@ class Presence(bootsteps.StartStopStep):
                     "processes": parent.pool.num_processes if parent.pool else 0,
                     "since": self._started,
                     "draining": draining(),
+                    **holding.obey(parent, self._client),
                 },
             )
             # The first worker whose SET succeeds is the leader for this round.
@@ -106,6 +109,39 @@ class Presence(bootsteps.StartStopStep):
                 parent.app.send_task("maintenance.reap", expires=REAP, retry=False)
         except Exception as error:  # noqa: BLE001  # a beat missed for whatever reason must not end the worker
             log.warning("No heartbeat this time: %s", error)
+
+
+class Metrics(bootsteps.StartStopStep):
+    """The worker step that gives its processes the table they count in, before there are any.
+
+    The supervisor's is used where there is one; else the table is our own, and a process of ours serves it.
+    """
+
+    def __init__(self, parent: Any, metrics_fd: int | None = None, **options: Any) -> None:
+        super().__init__(parent, **options)
+        self._own = metrics_fd is None
+        self._table = metrics.Table.create() if metrics_fd is None else metrics.Table(metrics_fd)
+        self._exporter: subprocess.Popen[bytes] | None = None
+        metrics.use(self._table)
+
+    def start(self, parent: Any) -> None:
+        """Start to serve."""
+        if self._own and get_settings().metrics_port:
+            descriptor = self._table.descriptor
+            self._exporter = subprocess.Popen(
+                [sys.executable, "-m", "worker.exporter", str(descriptor), str(os.getpid())], pass_fds=(descriptor,)
+            )
+
+    def stop(self, parent: Any) -> None:
+        """Stop serving."""
+        if self._exporter is not None:
+            self._exporter.terminate()
+            self._exporter.wait()
+            self._exporter = None
+
+    def terminate(self, parent: Any) -> None:
+        """Celery calls this instead of `stop` when the worker is to end at once."""
+        self.stop(parent)
 
 
 class _JsonFormatter(logging.Formatter):

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from millrace.metrics import Table
 from millrace.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class Supervisor:
         self._log_file = log_file
         self._started = started
         self._ended = ended
+        #: What all of its processes count in.
+        self.metrics = Table.create()
         self._stopping = False
         self._keepers: list[asyncio.Task[None]] = []
         self._roles = [
@@ -123,8 +126,10 @@ class Supervisor:
         # Two workers on one machine must not share a node name.
         command += ["--hostname", f"{role.name}.{os.getpid()}@{socket.gethostname()}"]
         command += ["--without-mingle", "--without-gossip", "--loglevel", self._settings.log_level]
+        command += ["--metrics-fd", str(self.metrics.descriptor)]
         role.process = await asyncio.create_subprocess_exec(
             *command,
+            pass_fds=(self.metrics.descriptor,),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,  # Celery's banner
             stderr=self._log_file,

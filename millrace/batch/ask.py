@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from millrace import metrics
 from millrace.batch.lines import answer_line, decode_input, failure_line, response_object
 from millrace.engine.client import Answer, EngineClient
 from millrace.engine.probes import EngineState, Watch, probe
@@ -43,6 +44,8 @@ class Answered:
     line: bytes
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    #: Of its failure; empty where there was none.
+    code: str = ""
 
 
 class Asker:
@@ -67,6 +70,10 @@ class Asker:
             if task is not None and now >= due and task not in self._overdue:
                 self._overdue.add(task)
                 task.cancel()
+
+    def asking(self, tasks: set[asyncio.Task[None]]) -> int:
+        """Return how many of `tasks` have a request at the engine now; the others wait for their next try."""
+        return len(self._due.keys() & tasks)
 
     async def _post(self, path: str, body: bytes) -> Answer:
         own = asyncio.current_task()
@@ -94,11 +101,12 @@ class Asker:
             try:
                 answer = await self._post(request.url, body)
             except EngineUnreachable as error:
+                failure: EngineError = error
                 self._watch.report(error)
                 away = min(away + 1, 4)
                 pause = backoff(away, RETRY_BASE)
             except ConnectionLost as error:
-                failure: EngineError = error
+                failure = error
                 losses += 1
                 if await self._survived():
                     tries += 1
@@ -120,7 +128,9 @@ class Asker:
                 line = answer_line(batch_id, row, request.custom_id, 200, answer.request_id, answer.body)
                 return Answered(True, line, answer.prompt_tokens, answer.completion_tokens)
             if tries >= self._settings.batch_row_attempts or patience >= PATIENCE or losses >= MOST_LOSSES:
-                return Answered(False, self._failure_line(batch_id, row, request.custom_id, failure))
+                line = self._failure_line(batch_id, row, request.custom_id, failure)
+                return Answered(False, line, code=failure.code)
+            metrics.count(metrics.RETRIES.series("batch", failure.code))
             await asyncio.sleep(pause)
 
     async def _survived(self) -> bool:

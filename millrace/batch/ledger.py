@@ -41,6 +41,19 @@ class FileRecord:
     rows: int
 
 
+@dataclass(frozen=True)
+class OpenWork:
+    """What has not ended: batches by status, their shards by state, their rows, and the oldest one's age."""
+
+    batches: dict[str, int]
+    shards: dict[str, int]
+    total: int
+    completed: int
+    failed: int
+    #: Seconds since the oldest was created; 0 where there is none.
+    age: float
+
+
 def new_id(kind: str) -> str:
     """Return an id such as batch_0f3c…, unguessable and unique."""
     return f"{kind}_{secrets.token_hex(12)}"
@@ -228,11 +241,45 @@ class Ledger(Database):
         with self.read() as connection:
             return list(connection.scalars(query))
 
+    def waiting_models(self) -> dict[str, int]:
+        """Return the models that open shards ask for, each with its number of rows."""
+        query = (
+            sa.select(shards.c.model, sa.func.sum(shards.c.rows))
+            .where(shards.c.state.in_([ShardState.READY, ShardState.LEASED]))
+            .group_by(shards.c.model)
+        )
+        with self.read() as connection:
+            return {model: int(rows) for model, rows in connection.execute(query)}
+
     def shards(self, batch_id: str) -> list[sa.Row[Any]]:
         """Return every shard of a batch, whole rows, in order."""
         query = sa.select(shards).where(shards.c.batch_id == batch_id).order_by(shards.c.number)
         with self.read() as connection:
             return list(connection.execute(query))
+
+    def open_work(self) -> OpenWork:
+        """Return what has not ended, counted."""
+        where = batches.c.status.in_([status for status in Status if not status.final])
+        ages = sa.select(
+            batches.c.status, sa.func.count(), sa.func.sum(batches.c.total), sa.func.max(clock() - batches.c.created_at)
+        )
+        states = (
+            sa.select(shards.c.state, sa.func.count(), sa.func.sum(shards.c.completed), sa.func.sum(shards.c.failed))
+            .join(batches, batches.c.id == shards.c.batch_id)
+            .where(where)
+            .group_by(shards.c.state)
+        )
+        with self.read() as connection:
+            by_status = connection.execute(ages.where(where).group_by(batches.c.status)).all()
+            by_state = connection.execute(states).all()
+        return OpenWork(
+            batches={status: count for status, count, _, _ in by_status},
+            shards={state: count for state, count, _, _ in by_state},
+            total=sum(int(total) for _, _, total, _ in by_status),
+            completed=sum(int(completed) for _, _, completed, _ in by_state),
+            failed=sum(int(failed) for _, _, _, failed in by_state),
+            age=max((float(age) for _, _, _, age in by_status), default=0.0),
+        )
 
     def rate(self) -> float | None:
         """Return the generated tokens a second of one runner, over the newest shards; None if unknown."""

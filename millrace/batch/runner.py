@@ -19,10 +19,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from millrace import metrics
 from millrace.batch.ask import Answered, Asker
 from millrace.batch.folder import BatchFolder, storage_errors
 from millrace.batch.lease import Counts, Finish, Lease, Leases, Renewal
@@ -70,10 +71,27 @@ class _Shard:
     finishing: bool = False
     lanes: set[asyncio.Task[None]] = field(default_factory=set)
     recorded: int = 0
+    #: What of `counts` the metrics have, and the codes of failures that they do not have yet.
+    measured: Counts = field(default_factory=Counts)
+    failures: list[str] = field(default_factory=list)
 
     @property
     def answered(self) -> int:
         return self.counts.completed + self.counts.failed
+
+    def measure(self) -> None:
+        """Add to the worker's metrics what was answered since the last call."""
+        now, before = self.counts, self.measured
+        metrics.batch_answers(
+            self.lease.model,
+            now.completed - before.completed,
+            now.failed - before.failed,
+            now.prompt_tokens - before.prompt_tokens,
+            now.completion_tokens - before.completion_tokens,
+            self.failures,
+        )
+        self.measured = replace(now)
+        self.failures.clear()
 
 
 class Session:
@@ -121,6 +139,8 @@ class Session:
         self._model = ""
         self._done_shards = 0
         self._done_rows = 0
+        #: Gauges of this session, by series.
+        self._load: dict[str, float] = {}
 
     async def run(self) -> Outcome:
         """Run the session to its end."""
@@ -180,6 +200,7 @@ class Session:
                 except MillraceError as error:
                     log.warning("%s The shard's lease runs out instead.", error)
                     self._forget(shard)
+            metrics.show(dict.fromkeys(self._load, 0.0))
 
     # Lanes.
 
@@ -264,6 +285,8 @@ class Session:
             asyncio.get_running_loop().call_soon(self._flush, shard)
         shard.writer.append(row, answered.ok, answered.prompt_tokens, answered.completion_tokens, answered.line)
         shard.counts.add(answered.ok, answered.prompt_tokens, answered.completion_tokens)
+        if not answered.ok:
+            shard.failures.append(answered.code)
 
     def _flush(self, shard: _Shard) -> None:
         if shard.stopped is Renewal.LOST:
@@ -273,6 +296,8 @@ class Session:
         except MillraceError as error:
             shard.stopped = Renewal.LOST  # its tail may be torn: let the lease run out and be recovered
             self._fail(error)
+            return
+        shard.measure()
 
     # Shards.
 
@@ -363,6 +388,7 @@ class Session:
             started=started,
             renewed=started,
             recorded=older.counts.completed + older.counts.failed,
+            measured=replace(older.counts),  # by its earlier owner
         )
 
     def _settle(self, shard: _Shard) -> None:
@@ -437,6 +463,7 @@ class Session:
             now = time.monotonic()
             self._report(self._watch.trouble)
             self._asker.expire()
+            self._show_load()
             if drained is None and self._stop():
                 drained = now + DRAIN
                 self._draining = self._more = True
@@ -455,6 +482,15 @@ class Session:
             if now - shared >= PROGRESS and self._shards:
                 shared = now
                 await self._share_engine()
+
+    def _show_load(self) -> None:
+        """Set the metrics of what is in flight, also to 0 for a model that has nothing any more."""
+        self._load = dict.fromkeys(self._load, 0.0)
+        for shard in self._shards:
+            series = metrics.INFLIGHT.series("batch", shard.lease.model)
+            self._load[series] = self._load.get(series, 0.0) + self._asker.asking(shard.lanes)
+        self._load[metrics.LIMIT.series()] = self._share
+        metrics.show(self._load)
 
     async def _sync(self) -> None:
         for shard in list(self._shards):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import signal
 import sys
 import time
@@ -23,10 +24,12 @@ from millrace.batch.lines import CHAT
 from millrace.cli.output import Json, answers, console, print_json, say
 from millrace.cli.stack import Stack, engine_state, running_stack
 from millrace.engine.interactive import Caller
-from millrace.errors import MillraceError, Unreachable
+from millrace.errors import InputError, MillraceError, Unreachable
 from millrace.settings import Settings, get_settings
+from worker.exporter import metrics_server
 from worker.supervisor import Supervisor
 
+LOOPBACK = "127.0.0.1"
 STATUS_LINE = 1.0  # seconds between its changes
 
 
@@ -53,7 +56,7 @@ async def _up(*, as_json: bool) -> None:
                     "workers": stack.supervisor.wanted,
                 }
             )
-        async with health_server(settings, stack.supervisor):
+        async with _http_servers(settings, stack.supervisor):
             await _status_line(stack)
         if not stack.stopping.is_set():
             return
@@ -111,15 +114,23 @@ def _engine_words(stack: Stack) -> str:
     return f"{state.kind} {state.url.removeprefix('http://')} ({', '.join(state.models)}{slots})"
 
 
-def worker() -> None:
+def worker(
+    listen: Annotated[str, typer.Option(help="Address of /health and /metrics; they need no password.")] = LOOPBACK,
+) -> None:
     """Run a worker with the right processes and options; SIGTERM and Ctrl-C drain it."""
     settings = get_settings()
+    try:
+        ipaddress.ip_address(listen)
+    except ValueError:
+        raise InputError(
+            f"--listen {listen} is no IP address.", "Give one of this machine's, such as 0.0.0.0 for all of them."
+        ) from None
     presence.ping(settings)
     Ledger.open(settings).close()
-    asyncio.run(_worker(settings))
+    asyncio.run(_worker(settings, listen))
 
 
-async def _worker(settings: Settings) -> None:
+async def _worker(settings: Settings, listen: str) -> None:
     from millrace import embedded
 
     guard = embedded.Guard()
@@ -136,7 +147,7 @@ async def _worker(settings: Settings) -> None:
         loop.add_signal_handler(number, heard)
     try:
         await supervisor.start()
-        async with health_server(settings, supervisor):
+        async with _http_servers(settings, supervisor, listen):
             say(f"{supervisor.wanted} worker processes on Redis {settings.redis_address}. Ctrl-C drains.")
             await stopping.wait()
             say("Draining: requests in flight are answered, the rest is kept. Ctrl-C again ends at once.")
@@ -147,8 +158,15 @@ async def _worker(settings: Settings) -> None:
 
 
 @contextlib.asynccontextmanager
-async def health_server(settings: Settings, supervisor: Supervisor) -> AsyncIterator[None]:
-    """Answer /health, /health/live and /health/ready on loopback while the block runs."""
+async def _http_servers(settings: Settings, supervisor: Supervisor, listen: str = LOOPBACK) -> AsyncIterator[None]:
+    """Answer /health and /metrics, each on its port, while the block runs."""
+    async with health_server(settings, supervisor, listen), metrics_server(settings, supervisor.metrics, listen, say):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def health_server(settings: Settings, supervisor: Supervisor, listen: str) -> AsyncIterator[None]:
+    """Answer /health, /health/live and /health/ready on the address `listen` while the block runs."""
     if not settings.health_check_enabled:
         yield
         return
@@ -180,7 +198,7 @@ async def health_server(settings: Settings, supervisor: Supervisor) -> AsyncIter
     runner = web.AppRunner(routes, access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", settings.health_check_port).start()
+        await web.TCPSite(runner, listen, settings.health_check_port).start()
     except OSError as error:
         say(f"No /health: port {settings.health_check_port} is taken ({error.strerror}); set HEALTH_CHECK_PORT.")
     try:

@@ -19,6 +19,8 @@ def limit_of(state: EngineState, chosen: int = 0) -> int:
     """Return the number of requests to have in flight; `chosen` (BATCH_CONCURRENCY) wins when set."""
     if chosen:
         return chosen
+    if state.kind == "llama-cpp-python":
+        return 1  # a second one would only wait for a lock
     if state.slots:
         return PER_SLOT * state.slots
     return UNKNOWN_LIMIT.get(state.kind, UNKNOWN_LIMIT["openai"])

@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 
+from millrace import metrics
 from millrace.engine.client import EngineClient
-from millrace.engine.retry import EngineError, RequestRefused, backoff
+from millrace.engine.retry import EngineError, ModelUnknown, RequestRefused, backoff
 from millrace.errors import InputError
 from millrace.settings import Settings
 
@@ -27,6 +28,8 @@ class Caller:
         self._runner = asyncio.Runner()
         self._client: EngineClient | None = None
         self._model = settings.llm_model
+        #: The series that counts the request at the engine; empty where there is none.
+        self._in_flight = ""
         self.pid = os.getpid()
 
     def close(self) -> None:
@@ -46,8 +49,18 @@ class Caller:
             raise InputError(
                 "A task returns one answer; it cannot stream.", "Leave `stream` out.", code="invalid_stream"
             )
-        answer: dict[str, Any] = self._run(self._call(path, payload))
+        try:
+            answer: dict[str, Any] = self._run(self._call(path, payload))
+        finally:
+            # Here, not in the coroutine: a time limit strikes in the middle of the loop.
+            if self._in_flight:
+                metrics.show({self._in_flight: 0.0})
+                self._in_flight = ""
         return answer
+
+    def model_of(self, payload: dict[str, Any]) -> str:
+        """Return the model that `payload` asks for; "" while the engine's default is not known yet."""
+        return str(payload.get("model") or self._model)
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self._runner.run(work)
@@ -56,17 +69,28 @@ class Caller:
         if self._client is None:
             self._client = EngineClient.of(self._settings)
         attempt = 0
+        asked = payload
         while True:
             attempt += 1
             try:
                 if not payload.get("model"):
                     payload = {**payload, "model": await self._default_model(self._client)}
+                self._in_flight = metrics.INFLIGHT.series("interactive", self.model_of(payload))
+                metrics.show({self._in_flight: 1.0})
                 body = msgspec.json.encode({name: value for name, value in payload.items() if value is not None})
                 answer = await self._client.post(path, body, self._settings.llm_timeout)
                 decoded: dict[str, Any] = msgspec.json.decode(answer.body)
             except EngineError as error:
+                if isinstance(error, ModelUnknown) and payload is not asked and self._model != self._settings.llm_model:
+                    # The engine was changed for another one since we asked for its first model.
+                    self._model, payload = self._settings.llm_model, asked
+                    if attempt == 1:
+                        continue
                 if not error.retryable or attempt > self._settings.task_max_retries:
                     raise
+                if self._in_flight:
+                    metrics.show({self._in_flight: 0.0})
+                metrics.count(metrics.RETRIES.series("interactive", error.code))
                 await asyncio.sleep(backoff(attempt, self._settings.task_retry_delay, error.retry_after))
             else:
                 return decoded

@@ -1,7 +1,8 @@
 """What an engine says of itself: alive or not, models, slots, context.
 
 llama.cpp and vLLM are known by name, any other by its behaviour. Sources: llama.cpp
-tools/server/README.md (`/health`, `/props`), vLLM's API server (`/health`, `/version`).
+tools/server/README.md (`/health`, `/props`), vLLM's API server (`/health`, `/version`),
+llama_cpp/server/app.py (its models are owned by "me"; one request at a time).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class EngineState:
     """The engine at one moment."""
 
     url: str
-    #: llamacpp, vllm or openai (anything else).
+    #: llamacpp, vllm, llama-cpp-python or openai (anything else).
     kind: str
     #: Names it answers to, the default one first.
     models: list[str] = field(default_factory=list)
@@ -67,6 +68,8 @@ async def probe(client: EngineClient) -> EngineState:
     version = await _optional(client, "/version")
     if "version" in version:
         return EngineState(client.root, "vllm", models, context=context, version=str(version["version"]))
+    if entries and entries[0].get("owned_by") == "me":
+        return EngineState(client.root, "llama-cpp-python", models, slots=1, context=context)
     return EngineState(client.root, "openai", models, context=context)
 
 

@@ -48,6 +48,7 @@ def new_cli(tiny: Path) -> Callable[..., Cli]:
             "MAX_TOKENS": 8,
             "WORKER_CONCURRENCY": 1,
             "HEALTH_CHECK_ENABLED": "false",
+            "METRICS_PORT": 0,
             "BATCH_LEASE_SECONDS": 3,
         }
         merged = {name: value for name, value in (basic | settings).items() if value is not None}

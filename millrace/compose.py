@@ -1,0 +1,216 @@
+"""Docker Compose, as far as the engine's container needs it: start it, wait until it is well, hear why it is not.
+
+A container that has ended says why within a second here, not after the time that its health check allows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from millrace.errors import MillraceError, SettingsError, Unreachable
+
+SERVICE = "llm-server"
+LOOK = 0.5  # seconds between looks at a container
+LAST_WORDS = 8  # lines of a log in an error
+_TAIL = 60  # lines of output that are kept to find a reason in
+
+#: What Compose and the daemon say of troubles that have a cure of their own: pattern, code, message, hint.
+_TROUBLES = (
+    (
+        r"required variable (\w+) is missing a value: ([^\n]+)",
+        "missing_setting",
+        r"\1 \2.",
+        "`millrace config init` makes a .env with secrets of its own.",
+    ),
+    (
+        r"only-one-engine-in-COMPOSE_FILE",
+        "two_engines",
+        "COMPOSE_FILE names both docker-compose.llamacpp.yml and docker-compose.vllm.yml.",
+        "There is one llm-server: take one of them out.",
+    ),
+    (
+        r"[Bb]ind for [\d.]+:(\d+) failed: port is already allocated|listen tcp\d? [\d.]+:(\d+): bind: address already",
+        "port_taken",
+        r"Port \1\2 of this machine is taken.",
+        "`millrace doctor` says by whom; end that, or set LLM_PORT or REDIS_PORT in .env.",
+    ),
+    (
+        r"could not select device driver|nvidia-container-cli|unresolvable CDI devices",
+        "gpu_missing",
+        "Docker has no NVIDIA GPU to give to a container here.",
+        "Install the driver and the NVIDIA Container Toolkit, or take docker-compose.gpu.yml out of COMPOSE_FILE.",
+    ),
+    (
+        r"[Pp]ermission denied.*docker\.sock",
+        "docker_unreachable",
+        "You may not use the Docker daemon.",
+        "sudo usermod -aG docker $USER, and log in again. (Who may use it is as good as root.)",
+    ),
+    (
+        r"Cannot connect to the Docker daemon|[Ii]s the docker daemon running",
+        "docker_unreachable",
+        "The Docker daemon does not answer.",
+        "Start it: sudo systemctl start docker, or Docker Desktop. Without it, `millrace up` has an engine of its own.",
+    ),
+    (
+        r"is not a docker command|unknown (?:shorthand )?flag: '[fp]'",
+        "compose_missing",
+        "This Docker has no Compose v2.",
+        "Install the package docker-compose-plugin (the old docker-compose does not do).",
+    ),
+    (
+        r"open ([^\n:]*\.ya?ml): no such file",
+        "compose_file_missing",
+        r"COMPOSE_FILE names \1, and there is no such file.",
+        "Correct COMPOSE_FILE, and be in the repository's folder.",
+    ),
+    (
+        r"failed to resolve source metadata for ([^\s:]+[^\s]*?):|failed to do request: Head \"https?://([^\s\"]+)\"|"
+        r"pull access denied for ([^\s,]+)|manifest for (\S+) not found|(\S+): not found\n",
+        "image_missing",
+        r"The image \1\2\3\4\5 is not here and cannot be fetched.",
+        "Check its name and the network; `docker pull` says more.",
+    ),
+)
+_WRONG = ("missing_setting", "two_engines", "compose_file_missing")
+
+
+class Compose:
+    """The project of the current folder, with these compose files.
+
+    Every method raises:
+        SettingsError: A setting that the files need is missing, or the files contradict each other.
+        Unreachable: Docker or Compose is not there or refuses, by code: docker_missing, docker_unreachable,
+            compose_missing, compose_failed, port_taken, gpu_missing, image_missing.
+    """
+
+    def __init__(self, compose_file: str) -> None:
+        self._files = [word for name in re.split("[:;,]", compose_file) if name for word in ("-f", name)]
+
+    def check(self) -> None:
+        """Check that the files are valid together."""
+        self._run("config", "-q")
+
+    def build(self, told: Callable[[str], None]) -> None:
+        """Make the engine's image, or find that nothing of it has changed; `told` hears the output."""
+        self._run("build", SERVICE, told=told)
+
+    def up(self, told: Callable[[str], None] = lambda line: None) -> None:
+        """Create and start what is not as the files say, without waiting for its health."""
+        self._run("up", "--detach", "--remove-orphans", told=told)
+
+    def stop(self) -> None:
+        """Stop the engine's container."""
+        self._run("stop", SERVICE)
+
+    def wait(self, looking: Callable[[float], None] = lambda seconds: None) -> None:
+        """Return once the engine's container is healthy; `looking` is told how long it has been, now and then.
+
+        Raises:
+            Unreachable: It has ended, or is unhealthy; the message has its last words (engine_failed).
+        """
+        started = time.monotonic()
+        restarts: int | None = None
+        while True:
+            entry = self._inspect()
+            state, count = entry["State"], int(entry["RestartCount"])
+            restarts = count if restarts is None else restarts
+            health = state.get("Health", {}).get("Status")
+            if state["Status"] in ("exited", "dead", "restarting") or count > restarts or health == "unhealthy":
+                self._failed(state)
+            if state["Status"] == "running" and health == "healthy":
+                return
+            looking(time.monotonic() - started)
+            time.sleep(LOOK)
+
+    def last_words(self) -> list[str]:
+        """Return the last lines of the engine's log that say something."""
+        text = self._run("logs", "--no-color", "--no-log-prefix", "--tail", str(_TAIL), SERVICE)
+        return [line.rstrip() for line in text.splitlines() if line.strip() and "/health" not in line]
+
+    def _failed(self, state: dict[str, Any]) -> NoReturn:
+        words = self.last_words()
+        killed = state.get("OOMKilled") or state.get("ExitCode") == 137
+        for line in reversed(words):
+            if line.startswith("millrace: "):  # our own script has looked, and knows
+                raise Unreachable(
+                    f"The engine did not start. {line.removeprefix('millrace: ')}",
+                    "Correct that in .env, then try again.",
+                    code="engine_failed",
+                )
+        how = "is unhealthy" if state["Status"] == "running" else f"ended with {state.get('ExitCode', '?')}"
+        if killed:
+            how += ", killed for want of memory"
+        last = "\n  ".join(words[-LAST_WORDS:]) or "(its log is empty)"
+        raise Unreachable(
+            f"The engine {how}; its last words:\n  {last}",
+            "Use a smaller model, N_CTX or MAX_MODEL_LEN, or raise LLM_MEMORY."
+            if killed
+            else f"`docker compose logs {SERVICE}` has all of them; `millrace doctor` knows common reasons.",
+            code="engine_failed",
+        )
+
+    def _inspect(self) -> dict[str, Any]:
+        found = self._run("ps", "--all", "--quiet", SERVICE).split()
+        if not found:
+            raise Unreachable(f"There is no container of {SERVICE}.", "`docker compose up -d` makes it.")
+        return dict(json.loads(_output([_docker(), "inspect", found[0]]))[0])
+
+    def _run(self, *arguments: str, told: Callable[[str], None] = lambda line: None) -> str:
+        return _output([_docker(), "compose", *self._files, *arguments], told)
+
+
+def _docker() -> str:
+    path = shutil.which("docker")
+    if path is None:
+        raise Unreachable(
+            "There is no Docker here.",
+            "Install Docker Engine with the Compose plugin; without Docker, `millrace up` runs an engine of its own.",
+            code="docker_missing",
+        )
+    return path
+
+
+def _output(command: list[str], told: Callable[[str], None] = lambda line: None) -> str:
+    lines: list[str] = []
+    last: deque[str] = deque(maxlen=_TAIL)
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        # A Ctrl-C at the terminal is ours: we end things in order.
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                told(line.rstrip())
+                last.append(line)
+                if len(lines) < 100_000:
+                    lines.append(line)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise _explain("".join(last))
+    return "".join(lines)
+
+
+def _explain(output: str) -> MillraceError:
+    """Return the error that `output` of a failed command stands for."""
+    for pattern, code, message, hint in _TROUBLES:
+        if match := re.search(pattern, output):
+            kind = SettingsError if code in _WRONG else Unreachable
+            return kind(match.expand(re.sub(r"\\(\d)", r"\\g<\1>", message)), hint, code=code)
+    last = "\n  ".join(line for line in output.splitlines()[-LAST_WORDS:] if line.strip())
+    return Unreachable(f"Docker Compose failed:\n  {last}", "`millrace doctor` may know why.", code="compose_failed")

@@ -1,0 +1,133 @@
+"""A hold: workers come to rest, what is queued stays queued, and everything goes on afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+
+from millrace import hold, presence
+from millrace.batch.ledger import Ledger
+from millrace.batch.submit import Order, submit
+from millrace.batch.verify import verify
+from millrace.errors import Unreachable
+from millrace.settings import Settings
+from tests.cli import batch_file
+from tests.scripted_engine import Engine, scripted_engine
+from tests.services import celery_worker, redis_server, until
+
+# Celery opens a connection of its own for each result consumer and leaves the last one to the collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@dataclass
+class Stack:
+    settings: Settings
+    engine: Engine
+    app: Celery
+
+    def chat(self) -> Any:
+        return self.app.send_task("inference.chat", args=[HELLO], queue="interactive")
+
+    def queued(self) -> int:
+        with contextlib.closing(redis.Redis.from_url(self.settings.redis_dsn)) as client:
+            return sum(int(client.llen(key)) for key in client.keys("interactive*"))
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("hold")
+    with redis_server(folder) as url, scripted_engine(slots=4) as engine:
+        settings = Settings(redis_url=url, llm_server_url=engine.url, data_dir=folder / "data")
+        with celery_worker(folder, "--concurrency", "2", redis_url=url, llm_server_url=engine.url):
+            app = Celery(broker=url, backend=url)
+            yield Stack(settings, engine, app)
+            app.close()
+
+
+@pytest.fixture(autouse=True)
+def _quick_engine(stack: Stack) -> None:
+    stack.engine.script(rules=[], tokens_per_second=0)
+
+
+def test_a_task_waits_in_its_queue_and_is_answered_afterwards(stack: Stack) -> None:
+    assert stack.chat().get(timeout=30)["choices"]
+    with hold.hold(stack.settings, "a test") as held:
+        assert held.wait(30)
+        asked = stack.engine.stats()["requests"]
+        waiting = [stack.chat() for _ in range(5)]
+        until(lambda: stack.queued() == 5, "five tasks in the queue")
+        assert stack.engine.stats()["requests"] == asked
+    assert all(result.get(timeout=30)["choices"] for result in waiting)
+
+
+def test_what_runs_is_answered_before_the_worker_is_at_rest(stack: Stack) -> None:
+    stack.engine.script(tokens_per_second=1)
+    running = stack.app.send_task("inference.chat", args=[HELLO], kwargs={"max_tokens": 30}, queue="interactive")
+    stack.engine.wait_for(lambda stats: stats["working"] == 1)
+    with hold.hold(stack.settings, "a test") as held:
+        until(lambda: any(entry.get("engine_tasks") == 1 for entry in held.busy()), "a worker that says so")
+        stack.engine.script(tokens_per_second=0)
+        assert held.wait(60)
+        assert running.ready()
+    assert running.get(timeout=30)["choices"]
+
+
+def test_what_a_worker_has_taken_ahead_goes_back_to_its_queue(stack: Stack) -> None:
+    stack.engine.script(tokens_per_second=2)
+    sent = [stack.chat() for _ in range(8)]
+    stack.engine.wait_for(lambda stats: stats["working"] == 2)
+    with hold.hold(stack.settings, "a test") as held:
+        assert held.wait(60)
+        until(lambda: stack.queued() == 6, "the other six in their queue")
+        stack.engine.script(tokens_per_second=0)
+    assert all(result.get(timeout=30)["choices"] for result in sent)
+
+
+def test_a_batch_drains_and_goes_on(stack: Stack, tmp_path: Path) -> None:
+    stack.engine.script(tokens_per_second=100)
+    path = tmp_path / "in.jsonl"
+    path.write_text(batch_file(400, max_tokens=8))
+    with contextlib.closing(Ledger.open(stack.settings)) as ledger, path.open("rb") as stream:
+        batch = submit(stack.settings, ledger, stream, Order(filename="in.jsonl", model="scripted")).batch_id
+
+        def counts() -> dict[str, int]:
+            return dict(ledger.batch(batch)["request_counts"])
+
+        until(lambda: counts()["completed"], "a first answer", 60)
+        with hold.hold(stack.settings, "a test") as held:
+            assert held.wait(60)
+            assert stack.engine.stats()["in_flight"] == 0
+            done = counts()["completed"]
+            assert 0 < done < 400
+            assert ledger.waiting_models() == {"scripted": pytest.approx(400, abs=399)}
+        stack.engine.script(tokens_per_second=0)
+        until(lambda: ledger.batch(batch)["status"] == "completed", "a batch that is done", 60)
+        assert verify(ledger, stack.settings.data_dir, batch).ok
+
+
+def test_only_one_holds(stack: Stack) -> None:
+    second = hold.hold(stack.settings, "the second")
+    with hold.hold(stack.settings, "the first"), pytest.raises(Unreachable, match="the first") as caught:
+        second.__enter__()
+    assert caught.value.code == "held"
+    with presence.connect(stack.settings) as client:
+        assert hold.current(client) is None
+
+
+def test_a_dead_holders_hold_ends_by_itself(stack: Stack) -> None:
+    with presence.connect(stack.settings) as client:
+        client.set(hold.KEY, '{"token": "of the dead", "why": "it died"}', px=1500)
+        until(lambda: hold.current(client) is None, "the end of the hold")
+    assert stack.chat().get(timeout=30)["choices"]
