@@ -59,6 +59,15 @@ class BatchFolder:
         """Return the segment that the runner of `epoch` writes for shard number `shard`."""
         return self.segments / f"{shard:06d}.{epoch}.jsonl"
 
+    def newest_epochs(self) -> dict[int, int]:
+        """Return the newest epoch that has a segment, by shard number; empty where no file is."""
+        newest: dict[int, int] = {}
+        for path in self.segments.glob("*.*.jsonl"):
+            shard, epoch = path.name.split(".")[:2]
+            if shard.isdecimal() and epoch.isdecimal():
+                newest[int(shard)] = max(newest.get(int(shard), 0), int(epoch))
+        return newest
+
 
 @contextlib.contextmanager
 def storage_errors(path: Path, hint: str = "Check that DATA_DIR exists and is yours to write.") -> Iterator[None]:
