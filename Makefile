@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 
 help: ## Show this
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): requirements.lock pyproject.toml
 	PYTHON="$(PYTHON)" sh scripts/setup "$(VENV)"
@@ -25,6 +25,9 @@ up: $(READY) ## Run Redis, an engine and workers until Ctrl-C
 
 test: $(READY) ## Run the tests (under ten minutes on two cores)
 	$(BIN)/python -m pytest
+
+test-docker: $(READY) ## Run the tests that need Docker (compiles llama.cpp once)
+	$(BIN)/python -m pytest tests/docker
 
 check: $(READY) ## Lint, types, import rule, formatting
 	$(BIN)/ruff check .
@@ -42,4 +45,4 @@ lock: $(READY) ## Resolve the dependencies anew
 clean: ## Remove .venv and the caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup demo up test check bench lock clean
+.PHONY: help setup demo up test test-docker check bench lock clean

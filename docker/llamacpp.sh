@@ -67,8 +67,8 @@ serve() {
     export LLAMA_ARG_THREADS="$threads" LLAMA_ARG_ENDPOINT_METRICS=1 LLAMA_ARG_UI=0
     # /v1/embeddings beside the rest; one input of it has to fit one physical batch.
     export LLAMA_ARG_EMBEDDINGS=1 LLAMA_ARG_POOLING=mean LLAMA_ARG_BATCH=2048 LLAMA_ARG_UBATCH=2048
-    # shellcheck disable=SC2086  # LLM_ARGS is a list of options
-    exec "$server" ${LLM_ARGS:-}
+    # shellcheck disable=SC2086  # LLAMACPP_ARGS is a list of options
+    exec "$server" ${LLAMACPP_ARGS:-}
 }
 
 serve_python() {
@@ -77,7 +77,7 @@ serve_python() {
     export HOST="${HOST:-0.0.0.0}" PORT INTERRUPT_REQUESTS=false
     [ -z "${LLM_API_KEY:-}" ] || export API_KEY="$LLM_API_KEY"
     # shellcheck disable=SC2086
-    exec /opt/llama/python/bin/python -m llama_cpp.server ${LLM_ARGS:-}
+    exec /opt/llama/python/bin/python -m llama_cpp.server ${LLAMACPP_ARGS:-}
 }
 
 case "${1:-serve}" in

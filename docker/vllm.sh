@@ -52,11 +52,11 @@ serve() {
     find_gpu
     [ -z "${LLM_API_KEY:-}" ] || export VLLM_API_KEY="$LLM_API_KEY"
     [ -z "${HF_TOKEN:-}" ] || export HF_TOKEN
-    # shellcheck disable=SC2086  # LLM_ARGS is a list of options
+    # shellcheck disable=SC2086  # VLLM_ARGS is a list of options
     exec vllm serve "$MODEL_NAME" --served-model-name "$LLM_MODEL" --host "${HOST:-0.0.0.0}" --port "$PORT" \
         --max-model-len "${MAX_MODEL_LEN:-4096}" --tensor-parallel-size "${TENSOR_PARALLEL_SIZE:-1}" \
         --gpu-memory-utilization "${GPU_MEMORY_UTILIZATION:-0.9}" --max-num-queued-reqs "${MAX_NUM_QUEUED_REQS:-1024}" \
-        --shutdown-timeout 60 ${LLM_ARGS:-}
+        --shutdown-timeout 60 --disable-access-log-for-endpoints /health,/metrics ${VLLM_ARGS:-}
 }
 
 case "${1:-serve}" in

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from millrace import __version__
-from millrace.cli import batch, config, demo, doctor, models, work
+from millrace.cli import backend, backup, batch, config, demo, doctor, flower, models, work
 from millrace.cli.output import console, print_error
 from millrace.errors import InputError, MillraceError
 
@@ -37,8 +37,12 @@ app.command("status")(work.status)
 app.command("chat")(work.chat)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
+app.command("flower")(flower.flower)
+app.command("backup")(backup.backup)
+app.command("restore")(backup.restore)
 app.command("engine-sim")(models.engine_sim)
 app.add_typer(batch.app, name="batch")
+app.add_typer(backend.app, name="backend")
 app.add_typer(config.app, name="config")
 app.add_typer(models.app, name="models")
 

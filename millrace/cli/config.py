@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +13,51 @@ from rich.markup import escape
 from rich.table import Table
 
 from millrace.cli.output import Json, answers, print_json
-from millrace.settings import Loaded, Settings, hide_password, load, secret_fields, unknown_variables
+from millrace.errors import InputError
+from millrace.settings import ENGINES, Loaded, Settings, hide_password, load, secret_fields, unknown_variables
 
 app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 
 MASK = "********"
+
+
+@app.command("init")
+def init(
+    engine: Annotated[str, typer.Argument(help="llamacpp or vllm, to run in a container.")] = "llamacpp",
+    as_json: Json = False,
+) -> None:
+    """Make .env out of .env.sample, for containers: with an engine chosen, and with secrets of its own."""
+    if engine not in ENGINES:
+        raise InputError(f"There is no engine {engine!r}.", f"It is one of {', '.join(ENGINES)}.", code="usage")
+    sample, target = Path(".env.sample"), Path(".env")
+    if not sample.is_file():
+        raise InputError("There is no .env.sample here.", "Be in the repository's folder.", code="not_found")
+    chosen = {
+        "COMPOSE_FILE": f"docker-compose.yml:docker-compose.{engine}.yml",
+        "REDIS_PASSWORD": secrets.token_urlsafe(24),
+        "LLM_API_KEY": secrets.token_urlsafe(24),
+        "FLOWER_BASIC_AUTH": f"millrace:{secrets.token_urlsafe(12)}",
+        "GRAFANA_PASSWORD": secrets.token_urlsafe(12),
+        # Worker containers write DATA_DIR as whoever owns it.
+        "WORKER_USER": f"{os.getuid()}:{os.getgid()}",
+    }
+    lines = sample.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        name = line.removeprefix("# ").partition("=")[0]
+        if name in chosen:
+            lines[number] = f"{name}={chosen[name]}"
+    try:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # it holds secrets
+    except FileExistsError:
+        raise InputError(
+            "There is a .env already.", "Change it by hand, or move it away first.", code="exists"
+        ) from None
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    if as_json:
+        print_json({"file": str(target), "set": sorted(chosen)})
+    else:
+        answers.print(f"Wrote {target}, with {engine} and new secrets.", markup=False)
 
 
 @app.command("check")

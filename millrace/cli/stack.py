@@ -4,8 +4,8 @@
     engine     the one that the settings name, else the embedded llama.cpp server
     workers    those that say in Redis that they are there, else our own
 
-A part that the settings name on another machine is never replaced by an embedded one: that would split
-the work in two without a word.
+A part that the settings name on another machine, or that COMPOSE_FILE has, is never replaced by an embedded
+one: that would split the work in two without a word.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from millrace.engine.probes import EngineState, probe
 from millrace.engine.retry import EngineError, KeyRefused
 from millrace.errors import MillraceError, SettingsError, Unreachable
 from millrace.models.demo import ensure_model
-from millrace.settings import Settings, get_settings, load
+from millrace.settings import Settings, engine_override, get_settings, load
 from worker.supervisor import Supervisor
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -118,7 +118,7 @@ async def _has_redis(settings: Settings) -> bool:
         await asyncio.to_thread(presence.ping, settings)
     except Unreachable as error:
         host = urlsplit(settings.redis_dsn).hostname or ""
-        if error.code != "redis_unreachable" or host not in LOOPBACK:
+        if error.code != "redis_unreachable" or host not in LOOPBACK or settings.compose_file:
             raise
         return False
     return True
@@ -180,6 +180,13 @@ def _choose_engine(stack: Stack) -> tuple[Launch, bool]:
     """Return how to start the embedded engine, and whether its answers are noise."""
     settings = stack.settings
     host = urlsplit(settings.llm_server_url).hostname or ""
+    if engine_override(settings.compose_file):
+        raise Unreachable(
+            f"The engine's container at {settings.llm_server_url} does not answer.",
+            "`millrace backend start` starts it, and says why it does not; to go without containers, take "
+            "COMPOSE_FILE out of .env.",
+            code="engine_unreachable",
+        )
     if settings.llm_backend != "llamacpp" or host not in LOOPBACK:
         raise Unreachable(
             f"The engine at {settings.llm_server_url} does not answer.",

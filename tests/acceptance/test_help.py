@@ -18,10 +18,15 @@ from tests.cli import Cli
 #: The commands that print an answer.
 ANSWER = {
     "up",
+    "backup",
+    "restore",
     "status",
     "chat",
     "demo",
     "doctor",
+    "backend start",
+    "backend switch",
+    "config init",
     "config check",
     "config show",
     "models list",
@@ -29,7 +34,7 @@ ANSWER = {
     *(f"batch {name}" for name in ("submit", "run", "list", "show", "watch", "cancel", "results", "verify")),
 }
 #: Those that serve until they are ended.
-SERVE = {"worker", "engine-sim"}
+SERVE = {"worker", "flower", "engine-sim"}
 
 
 def commands() -> dict[str, typer.core.TyperCommand]:
