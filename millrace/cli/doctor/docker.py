@@ -11,12 +11,11 @@ from typing import Any
 
 from millrace.cli.doctor.finding import Finding, ok, wrong
 from millrace.cli.doctor.programs import MISSING, TOO_LATE, Answer, ask, hide, together
+from millrace.compose import SERVICE
 from millrace.settings import Settings, engine_override
 
 #: docker-compose.vllm.yml has a config with `content`, which came with it.
 OLDEST_COMPOSE = (2, 23, 1)
-
-ENGINE = "llm-server"  # the engine's service in every compose file
 
 _LISTED = "\t".join(
     (
@@ -85,7 +84,7 @@ def models_mount(settings: Settings, docker: Docker) -> tuple[str, str] | None:
     """Return what the engine's container has as /models: (bind, folder) or (volume, name); None without one."""
     if not engine_in_container(settings):
         return None
-    for volume in docker.services.get(ENGINE, {}).get("volumes", []):
+    for volume in docker.services.get(SERVICE, {}).get("volumes", []):
         if volume.get("target") == "/models":
             source = str(volume.get("source", ""))
             if volume.get("type") == "volume":

@@ -6,11 +6,12 @@ import asyncio
 import importlib.util
 from urllib.parse import urlsplit
 
-from millrace.cli.doctor.docker import ENGINE, Docker, engine_in_container
+from millrace.cli.doctor.docker import Docker, engine_in_container
 from millrace.cli.doctor.finding import Finding, note, ok, told, wrong
 from millrace.cli.doctor.programs import LIMIT
 from millrace.cli.doctor.sockets import listeners
 from millrace.cli.stack import LOOPBACK
+from millrace.compose import SERVICE
 from millrace.engine.client import EngineClient
 from millrace.engine.probes import EngineState, probe
 from millrace.engine.retry import BadResponse, EngineError, EngineTimeout, KeyRefused, RequestRefused
@@ -58,11 +59,11 @@ def _unwell(settings: Settings, docker: Docker, error: EngineError) -> Finding:
         return wrong(CHECK, f"{settings.llm_server_url} is not healthy. {error.message}", "Look at its log.")
     missing = f"{settings.llm_server_url} does not answer"
     if local and engine_in_container(settings):
-        if docker.runs(ENGINE):
+        if docker.runs(SERVICE):
             return note(
-                CHECK, f"{missing} yet", f"Its container runs: docker compose logs -f {ENGINE} shows how far it is."
+                CHECK, f"{missing} yet", f"Its container runs: docker compose logs -f {SERVICE} shows how far it is."
             )
-        return wrong(CHECK, missing, f"docker compose up -d {ENGINE}")
+        return wrong(CHECK, missing, f"docker compose up -d {SERVICE}")
     if settings.llm_backend != "llamacpp" or not local:
         return wrong(CHECK, missing, "Start it, or correct LLM_SERVER_URL.")
     if importlib.util.find_spec("xllamacpp") is None:
@@ -77,7 +78,7 @@ def _differs(settings: Settings, docker: Docker, state: EngineState) -> list[Fin
     if settings.llm_backend in names and state.kind in names and state.kind != settings.llm_backend:
         what = f"it is {names[state.kind]}, and LLM_BACKEND is {settings.llm_backend}"
         return [note(CHECK, what, f"Set LLM_BACKEND={state.kind}, or see who has its port.")]
-    if not docker.runs(ENGINE):  # a server of your own has settings of its own
+    if not docker.runs(SERVICE):  # a server of your own has settings of its own
         return []
     wanted: dict[str, tuple[int, int | None]] = {}
     if state.kind == "llamacpp":
@@ -88,7 +89,7 @@ def _differs(settings: Settings, docker: Docker, state: EngineState) -> list[Fin
     elif state.kind == "vllm":
         wanted = {"MAX_MODEL_LEN": (settings.max_model_len, state.context)}
     return [
-        note(CHECK, f"{name} is {asked}, and it has {got}", f"docker compose up -d {ENGINE} takes what .env says.")
+        note(CHECK, f"{name} is {asked}, and it has {got}", f"docker compose up -d {SERVICE} takes what .env says.")
         for name, (asked, got) in wanted.items()
         if got is not None and got != asked
     ]

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from millrace.cli.doctor.docker import ENGINE, Docker, engine_in_container
+from millrace.cli.doctor.docker import Docker, engine_in_container
 from millrace.cli.doctor.finding import Finding, note, ok, wrong
 from millrace.cli.doctor.programs import MISSING, TOO_LATE, Answer, ask, together
 from millrace.cli.output import size
+from millrace.compose import SERVICE
 from millrace.settings import Settings
 
 CHECK = "gpu"
@@ -219,7 +220,7 @@ def _version(words: str) -> Version | None:
 
 def _memory(settings: Settings, docker: Docker, driver: Driver) -> list[Finding]:
     """Look at whether vLLM will find the share of memory that it takes at its start."""
-    if settings.llm_backend != "vllm" or docker.runs(ENGINE):
+    if settings.llm_backend != "vllm" or docker.runs(SERVICE):
         return []
     asked = [name.strip() for name in settings.gpu_ids.split(",")] if settings.gpu_ids != "all" else []
     for found in driver.gpus:
@@ -235,7 +236,7 @@ def _memory(settings: Settings, docker: Docker, driver: Driver) -> list[Finding]
 
 def _image_env(settings: Settings, docker: Docker) -> dict[str, str]:
     """Return the environment of the engine's image: the built one, or else the one it is built on."""
-    service = docker.services.get(ENGINE, {})
+    service = docker.services.get(SERVICE, {})
     build: dict[str, Any] = (service.get("build") or {}).get("args") or {}
     chosen = [build.get(name) for name in ("VLLM_IMAGE", "LLAMACPP_IMAGE", "RUNTIME_IMAGE")]
     base = next((str(name) for name in chosen if name and name != "compiled"), "")

@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from millrace.cli.doctor.docker import ENGINE, Docker, engine_in_container
+from millrace.cli.doctor.docker import Docker, engine_in_container
 from millrace.cli.doctor.finding import Finding, note, ok, wrong
 from millrace.cli.doctor.model import served_gguf
 from millrace.cli.doctor.sockets import listeners
 from millrace.cli.output import size
 from millrace.cli.stack import LOOPBACK
+from millrace.compose import SERVICE
 from millrace.settings import Settings
 
 LOW_DISK = 2 * 2**30  # bytes
@@ -62,7 +63,7 @@ def memory(settings: Settings, docker: Docker) -> list[Finding]:
     if available is None:
         return []
     free = f"{size(available)} of memory are available"
-    if _engine_is_up(settings) or docker.runs(ENGINE):  # it has its memory already
+    if _engine_is_up(settings) or docker.runs(SERVICE):  # it has its memory already
         if available < LOW_MEMORY:
             return [note("memory", free, "End something, or expect the kernel to.")]
         return [ok("memory", free)]

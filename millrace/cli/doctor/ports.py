@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from millrace.cli.doctor.docker import ENGINE, Docker
+from millrace.cli.doctor.docker import Docker
 from millrace.cli.doctor.finding import Finding, ok, wrong
 from millrace.cli.doctor.sockets import holder, listeners
+from millrace.compose import SERVICE
 from millrace.settings import Settings
 
 CHECK = "ports"
@@ -48,7 +49,7 @@ def _wanted(settings: Settings, docker: Docker) -> list[_Wanted]:
                 found[int(number)] = _Wanted(int(number), host, names.get(int(number), ""), service)
     if settings.compose_file and not docker.services:  # not valid, or no Compose: what our files would ask for
         found[settings.redis_port] = _Wanted(settings.redis_port, "127.0.0.1", "REDIS_PORT", "redis")
-        found[settings.llm_port] = _Wanted(settings.llm_port, "127.0.0.1", "LLM_PORT", ENGINE)
+        found[settings.llm_port] = _Wanted(settings.llm_port, "127.0.0.1", "LLM_PORT", SERVICE)
     health = settings.health_check_port if settings.health_check_enabled else 0
     for own, setting in ((settings.metrics_port, "METRICS_PORT"), (health, "HEALTH_CHECK_PORT")):
         if own:
