@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from millrace.errors import MillraceError, SettingsError, Unreachable
+from millrace.symptoms import telling
 
 SERVICE = "llm-server"
 LOOK = 0.5  # seconds between looks at a container
@@ -145,6 +146,7 @@ class Compose:
                     "Correct that in .env, then try again.",
                     code="engine_failed",
                 )
+        _, mend = telling(words)
         how = "is unhealthy" if state["Status"] == "running" else f"ended with {state.get('ExitCode', '?')}"
         if killed:
             how += ", killed for want of memory"
@@ -153,7 +155,7 @@ class Compose:
             f"The engine {how}; its last words:\n  {last}",
             "Use a smaller model, N_CTX or MAX_MODEL_LEN, or raise LLM_MEMORY."
             if killed
-            else f"`docker compose logs {SERVICE}` has all of them; `millrace doctor` knows common reasons.",
+            else mend or f"`docker compose logs {SERVICE}` has all of them.",
             code="engine_failed",
         )
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from millrace.cli.doctor.symptoms import SYMPTOMS, telling
+from millrace.symptoms import SYMPTOMS, telling
 
 LINES = [
     ("millrace: MODEL_PATH=/models/x.gguf is not a GGUF file.", ""),

@@ -10,8 +10,8 @@ from typing import Any
 from millrace.cli.doctor.docker import Container, Docker
 from millrace.cli.doctor.finding import Finding, note, ok, wrong
 from millrace.cli.doctor.programs import ask, hide, together
-from millrace.cli.doctor.symptoms import telling
 from millrace.settings import Settings
+from millrace.symptoms import telling
 
 CHECK = "containers"
 LAST_WORDS = "80"  # lines of a log to look for a cause in
