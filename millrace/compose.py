@@ -5,9 +5,12 @@ A container that has ended says why within a second here, not after the time tha
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections import deque
@@ -15,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from millrace.errors import MillraceError, SettingsError, Unreachable
+from millrace.settings import Settings, compose_files, hide_secrets
 from millrace.symptoms import telling
 
 SERVICE = "llm-server"
@@ -37,9 +41,10 @@ _TROUBLES = (
         "There is one llm-server: take one of them out.",
     ),
     (
-        r"[Bb]ind for [\d.]+:(\d+) failed: port is already allocated|listen tcp\d? [\d.]+:(\d+): bind: address already",
+        r"[Bb]ind for [\d.]+:(\d+) failed: port is already allocated|listen tcp\d? [\d.]+:(\d+): bind: address already|"
+        r"failed to bind host port (?:for )?[\d.]+:(\d+)|ports are not available: exposing port TCP [\d.]+:(\d+)",
         "port_taken",
-        r"Port \1\2 of this machine is taken.",
+        r"Port \1\2\3\4 of this machine is taken.",
         "`millrace doctor` says by whom; end that, or set LLM_PORT or REDIS_PORT in .env.",
     ),
     (
@@ -49,13 +54,13 @@ _TROUBLES = (
         "Install the driver and the NVIDIA Container Toolkit, or take docker-compose.gpu.yml out of COMPOSE_FILE.",
     ),
     (
-        r"[Pp]ermission denied.*docker\.sock",
+        r"[Pp]ermission denied.*(?:docker\.sock|docker API)",
         "docker_unreachable",
         "You may not use the Docker daemon.",
         "sudo usermod -aG docker $USER, and log in again. (Who may use it is as good as root.)",
     ),
     (
-        r"Cannot connect to the Docker daemon|[Ii]s the docker daemon running",
+        r"Cannot connect to the Docker daemon|[Ii]s the docker daemon running|failed to connect to the docker API",
         "docker_unreachable",
         "The Docker daemon does not answer.",
         "Start it: sudo systemctl start docker, or Docker Desktop. Without it, `millrace up` has an engine of its own.",
@@ -74,17 +79,20 @@ _TROUBLES = (
     ),
     (
         r"failed to resolve source metadata for ([^\s:]+[^\s]*?):|failed to do request: Head \"https?://([^\s\"]+)\"|"
-        r"pull access denied for ([^\s,]+)|manifest for (\S+) not found|(\S+): not found\n",
+        r"pull access denied for ([^\s,]+)|manifest for (\S+) not found",
         "image_missing",
-        r"The image \1\2\3\4\5 is not here and cannot be fetched.",
+        r"The image \1\2\3\4 is not here and cannot be fetched.",
         "Check its name and the network; `docker pull` says more.",
     ),
 )
+#: A paused container is there, and answers nobody.
+_ENDED = ("exited", "dead", "restarting", "paused")
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # Compose prints them into pipes too
 _WRONG = ("missing_setting", "two_engines", "compose_file_missing")
 
 
 class Compose:
-    """The project of the current folder, with these compose files.
+    """The project of the current folder, with these compose files. What is shown of their words has no secrets.
 
     Every method raises:
         SettingsError: A setting that the files need is missing, or the files contradict each other.
@@ -92,8 +100,10 @@ class Compose:
             compose_missing, compose_failed, port_taken, gpu_missing, image_missing.
     """
 
-    def __init__(self, compose_file: str) -> None:
-        self._files = [word for name in re.split("[:;,]", compose_file) if name for word in ("-f", name)]
+    def __init__(self, settings: Settings, compose_file: str = "") -> None:
+        self._settings = settings
+        names = compose_files(compose_file or settings.compose_file)
+        self._files = [word for name in names for word in ("-f", name)]
 
     def check(self) -> None:
         """Check that the files are valid together."""
@@ -124,7 +134,11 @@ class Compose:
             state, count = entry["State"], int(entry["RestartCount"])
             restarts = count if restarts is None else restarts
             health = state.get("Health", {}).get("Status")
-            if state["Status"] in ("exited", "dead", "restarting") or count > restarts or health == "unhealthy":
+            if (
+                state["Status"] in ("exited", "dead", "restarting", "paused")
+                or count > restarts
+                or health == "unhealthy"
+            ):
                 self._failed(state)
             if state["Status"] == "running" and health == "healthy":
                 return
@@ -133,8 +147,11 @@ class Compose:
 
     def last_words(self) -> list[str]:
         """Return the last lines of the engine's log that say something."""
-        text = self._run("logs", "--no-color", "--no-log-prefix", "--tail", str(_TAIL), SERVICE)
-        return [line.rstrip() for line in text.splitlines() if line.strip() and "/health" not in line]
+        text = self._ask(
+            "compose", *self._files, "logs", "--no-color", "--no-log-prefix", "--tail", str(_TAIL), SERVICE
+        )
+        lines = (_ESCAPE.sub("", line).strip() for line in hide_secrets(text, self._settings).splitlines())
+        return [line for line in lines if line and "/health" not in line]
 
     def _failed(self, state: dict[str, Any]) -> NoReturn:
         words = self.last_words()
@@ -143,11 +160,13 @@ class Compose:
             if line.startswith("millrace: "):  # our own script has looked, and knows
                 raise Unreachable(
                     f"The engine did not start. {line.removeprefix('millrace: ')}",
-                    "Correct that in .env, then try again.",
+                    "Correct that, then try again.",
                     code="engine_failed",
                 )
         _, mend = telling(words)
-        how = "is unhealthy" if state["Status"] == "running" else f"ended with {state.get('ExitCode', '?')}"
+        how = f"is {state['Status']}" if state["Status"] == "paused" else f"ended with {state.get('ExitCode', '?')}"
+        if state["Status"] == "running":
+            how = "is unhealthy"
         if killed:
             how += ", killed for want of memory"
         last = "\n  ".join(words[-LAST_WORDS:]) or "(its log is empty)"
@@ -160,13 +179,61 @@ class Compose:
         )
 
     def _inspect(self) -> dict[str, Any]:
-        found = self._run("ps", "--all", "--quiet", SERVICE).split()
+        found = self._ask("compose", *self._files, "ps", "--all", "--quiet", SERVICE).split()
         if not found:
             raise Unreachable(f"There is no container of {SERVICE}.", "`docker compose up -d` makes it.")
-        return dict(json.loads(_output([_docker(), "inspect", found[0]]))[0])
+        return dict(json.loads(self._ask("inspect", found[0]))[0])
 
-    def _run(self, *arguments: str, told: Callable[[str], None] = lambda line: None) -> str:
-        return _output([_docker(), "compose", *self._files, *arguments], told)
+    def _ask(self, *arguments: str) -> str:
+        """Return what docker prints, without the warnings beside it."""
+        done = subprocess.run(
+            [_docker(), *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode:
+            raise self._explain(done.stderr)
+        return done.stdout
+
+    def _run(self, *arguments: str, told: Callable[[str], None] = lambda line: None) -> None:
+        """Let Compose do something that takes its time; `told` hears what it says."""
+        last: deque[str] = deque(maxlen=_TAIL)
+        with subprocess.Popen(
+            [_docker(), "compose", *self._files, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            # A Ctrl-C at the terminal is ours: we end things in order.
+            start_new_session=True,
+        ) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    told(hide_secrets(line.rstrip(), self._settings))
+                    last.append(line)
+            except BaseException:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # `docker` and its plugin, which older ones leave behind
+                raise
+        if process.returncode:
+            raise self._explain("".join(last))
+
+    def _explain(self, output: str) -> MillraceError:
+        """Return the error that the output of a failed command stands for."""
+        output = hide_secrets(output, self._settings)
+        for pattern, code, message, hint in _TROUBLES:
+            if match := re.search(pattern, output):
+                kind = SettingsError if code in _WRONG else Unreachable
+                return kind(match.expand(re.sub(r"\\(\d)", r"\\g<\1>", message)), hint, code=code)
+        last = "\n  ".join(line for line in output.splitlines()[-LAST_WORDS:] if line.strip())
+        return Unreachable(
+            f"Docker Compose failed:\n  {last}", "`millrace doctor` may know why.", code="compose_failed"
+        )
 
 
 def _docker() -> str:
@@ -178,41 +245,3 @@ def _docker() -> str:
             code="docker_missing",
         )
     return path
-
-
-def _output(command: list[str], told: Callable[[str], None] = lambda line: None) -> str:
-    lines: list[str] = []
-    last: deque[str] = deque(maxlen=_TAIL)
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        # A Ctrl-C at the terminal is ours: we end things in order.
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                told(line.rstrip())
-                last.append(line)
-                if len(lines) < 100_000:
-                    lines.append(line)
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode:
-        raise _explain("".join(last))
-    return "".join(lines)
-
-
-def _explain(output: str) -> MillraceError:
-    """Return the error that `output` of a failed command stands for."""
-    for pattern, code, message, hint in _TROUBLES:
-        if match := re.search(pattern, output):
-            kind = SettingsError if code in _WRONG else Unreachable
-            return kind(match.expand(re.sub(r"\\(\d)", r"\\g<\1>", message)), hint, code=code)
-    last = "\n  ".join(line for line in output.splitlines()[-LAST_WORDS:] if line.strip())
-    return Unreachable(f"Docker Compose failed:\n  {last}", "`millrace doctor` may know why.", code="compose_failed")

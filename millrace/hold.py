@@ -29,6 +29,21 @@ KEY = "millrace:hold"
 TTL = 30  # seconds
 RENEW = 5.0  # seconds
 LOOK = 0.5  # seconds between looks at the workers
+#: Seconds before nobody is at work because nobody has said so: longer than a worker's heartbeat, which a Redis
+#: that has lost its memory, or a worker that is just starting, has not given yet.
+SETTLE = 6.0
+
+#: Renews the hold, or takes it again where Redis has lost it; 0 where somebody else has it.
+_RENEW = """
+local held = redis.call('get', KEYS[1])
+if held and held ~= ARGV[1] then return 0 end
+redis.call('set', KEYS[1], ARGV[1], 'EX', ARGV[2])
+return 1
+"""
+#: Ends the hold if it is still ours.
+_RELEASE = """
+if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end
+"""
 
 #: Queues whose tasks need the engine. On the others, merges and the reaper go on.
 QUEUES = ("interactive", "celery", "batch")
@@ -61,8 +76,8 @@ class Hold:
 
     def wait(self, seconds: float, say: Callable[[list[dict[str, Any]]], None] = lambda busy: None) -> bool:
         """Return whether every worker has come to rest within `seconds`; `say` is told of those that have not."""
-        deadline = time.monotonic() + seconds
-        while busy := self.busy():
+        settled, deadline = time.monotonic() + SETTLE, time.monotonic() + seconds
+        while (busy := self.busy()) or time.monotonic() < settled:
             say(busy)
             if time.monotonic() >= deadline:
                 return False
@@ -91,9 +106,13 @@ def hold(settings: Settings, why: str) -> Iterator[Hold]:
         while not done.wait(RENEW):
             try:
                 with presence.connect(settings) as client:
-                    client.set(KEY, value, ex=TTL)
+                    ours = client.eval(_RENEW, 1, KEY, value, TTL)
             except Unreachable as error:
                 log.warning("%s The hold is not renewed.", error.message)
+            else:
+                if not ours:
+                    log.warning("Somebody else holds the work now: we were away for too long.")
+                    return
 
     renewer = threading.Thread(target=renew, daemon=True)
     renewer.start()
@@ -104,6 +123,6 @@ def hold(settings: Settings, why: str) -> Iterator[Hold]:
         renewer.join()
         try:
             with presence.connect(settings) as client:
-                client.delete(KEY)
+                client.eval(_RELEASE, 1, KEY, value)
         except Unreachable as error:
             log.warning("%s The hold ends by itself in %d s.", error.message, TTL)

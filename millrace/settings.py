@@ -12,10 +12,11 @@ import fcntl
 import functools
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -56,6 +57,11 @@ def _database_url(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
+def compose_files(compose_file: str) -> list[str]:
+    """Return the files that COMPOSE_FILE names, whatever COMPOSE_PATH_SEPARATOR is."""
+    return [name for name in re.split("[:;,]", compose_file) if name]
+
+
 def engine_override(compose_file: str, *, refuse: bool = False) -> Literal["llamacpp", "vllm"] | None:
     """Return the engine that COMPOSE_FILE chooses; None where it names neither.
 
@@ -64,7 +70,8 @@ def engine_override(compose_file: str, *, refuse: bool = False) -> Literal["llam
     Raises:
         ValueError: It names both, and that is to be refused.
     """
-    found = [name for name in ENGINES if f"docker-compose.{name}.yml" in compose_file]
+    names = [Path(name).name for name in compose_files(compose_file)]
+    found = [engine for engine in ENGINES if f"docker-compose.{engine}.yml" in names]
     if len(found) > 1 and refuse:
         raise ValueError(
             "COMPOSE_FILE names both docker-compose.llamacpp.yml and docker-compose.vllm.yml; "
@@ -164,7 +171,7 @@ class Settings(BaseSettings):
         description="User and group that worker containers run as; they must be able to write DATA_DIR",
         pattern=r"^[0-9]+:[0-9]+$",
     )
-    worker_replicas: int = Field(1, description="Worker containers", ge=0, le=1024)
+    worker_replicas: int = Field(1, description="Worker containers; each has a port for its metrics", ge=0, le=4)
 
     # Watching.
     metrics_port: int = Field(
@@ -387,6 +394,22 @@ class _SecretFileSource(PydanticBaseSettingsSource):
 def secret_fields() -> list[str]:
     """Return the names of the fields whose values are never shown."""
     return [name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)]
+
+
+def hide_secrets(text: str, settings: Settings) -> str:
+    """Return what another program said with our secrets replaced by ***."""
+    secrets: set[str] = set()
+    for name in secret_fields():
+        value = getattr(settings, name)
+        if isinstance(value, SecretStr):
+            secret = value.get_secret_value()
+            secrets.add(secret)
+            password = urlsplit(secret).password if "://" in secret else secret.partition(":")[2]
+            secrets |= {password or "", unquote(password or "")}
+    # The longest first: one may be a part of another.
+    for secret in sorted(secrets - {""}, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
 
 
 @dataclass(frozen=True)

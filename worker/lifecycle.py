@@ -19,6 +19,8 @@ from typing import Any
 import billiard.pool
 import redis
 from celery import bootsteps, signals
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from millrace import metrics, presence
 from millrace.settings import get_settings
@@ -63,7 +65,12 @@ class Presence(bootsteps.StartStopStep):
         """Begin to beat; called again after every reconnect."""
         self.stop(parent)
         self._client = redis.Redis.from_url(
-            get_settings().redis_dsn, socket_timeout=2, socket_connect_timeout=2, decode_responses=True
+            get_settings().redis_dsn,
+            socket_timeout=2,
+            socket_connect_timeout=2,
+            decode_responses=True,
+            # redis-py 8 repeats a command ten times; the consumer's own loop would stand still meanwhile.
+            retry=Retry(NoBackoff(), 0),
         )
         self._started = time.time()
         self._timer = parent.timer.call_repeatedly(BEAT, self._beat, (parent,))

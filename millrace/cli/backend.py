@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import os
 import re
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import dotenv
+import msgspec
 import typer
 
 from millrace.batch.ledger import Ledger
@@ -40,7 +40,9 @@ def start(as_json: Json = False) -> None:
     settings = _settings()
     if engine_override(settings.compose_file) is None:
         raise _no_engine("llamacpp")
-    _done(_start(Compose(settings.compose_file), settings), as_json=as_json)
+    with _alone():
+        state = _start(Compose(settings), settings)
+    _done(state, as_json=as_json)
 
 
 @app.command("switch")
@@ -60,7 +62,7 @@ def switch(
         raise _no_engine(engine)
     if old == engine:
         say(f"The engine is {engine} already.")
-        _done(_start(Compose(settings.compose_file), settings), as_json=as_json)
+        start(as_json=as_json)
         return
     if load().origins.get("compose_file") != ".env":
         raise InputError(
@@ -68,15 +70,16 @@ def switch(
             "Unset it there, and set it in .env.",
             code="not_in_dotenv",
         )
+    _end_in_order()
     chosen = settings.compose_file.replace(f"docker-compose.{old}.yml", f"docker-compose.{engine}.yml")
-    new = Compose(chosen)
+    new = Compose(settings, chosen)
     # Whatever can be wrong or slow comes first, while the old engine still works.
     new.check()
     if name := _name_to_be(engine, settings):
         _check_models(settings, [name])
     with _building(f"Making the image of {engine}.") as told:
         new.build(told)
-    with hold(settings, f"the engine is being switched to {engine}") as held:
+    with _alone(), hold(settings, f"the engine is being switched to {engine}") as held:
         patience = settings.task_time_limit + MARGIN
         say("Holding the queues: what is in flight is answered, the rest stays queued.")
         if not held.wait(patience, _Waiting()):
@@ -87,7 +90,7 @@ def switch(
                 code="workers_busy",
             )
         try:
-            state = _change(Compose(settings.compose_file), new, chosen)
+            state = _change(settings, new, chosen)
         finally:
             _send_tickets()
     _done(state, as_json=as_json)
@@ -101,35 +104,49 @@ def _no_engine(engine: str) -> InputError:
     )
 
 
-def _change(old: Compose, new: Compose, chosen: str) -> EngineState:
-    """Write .env and change the container; on failure, put both back."""
-    before = DOTENV.read_text(encoding="utf-8")
+def _end_in_order() -> None:
+    """Let a SIGTERM, and a terminal that closes, end us as Ctrl-C does: with the old engine back."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+
+
+def _change(before: Settings, new: Compose, chosen: str) -> EngineState:
+    """Write .env and change the container; whatever goes wrong, put both back."""
     try:
         _write(chosen)
         settings = _settings()
         state = _start(new, settings)
         _check_models(settings, state.models)
-    except (MillraceError, KeyboardInterrupt) as error:
+    except BaseException as error:
         say("That did not work: going back to the old engine.")
-        DOTENV.write_text(before, encoding="utf-8")
+        _write(before.compose_file)
         back = "The old engine runs again."
         try:
-            _start(old, _settings())
+            _start(Compose(before), _settings())
         except MillraceError as second:
             back = f"The old engine did not come back either: {second.message}"
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, MillraceError):
+            error.message += f"\n{back}"
+        else:
             say(back)
-            raise
-        error.message += f"\n{back}"
         raise
     return state
 
 
 def _write(compose_file: str) -> None:
-    before = dotenv.dotenv_values(DOTENV)
-    dotenv.set_key(DOTENV, "COMPOSE_FILE", compose_file, quote_mode="never")
-    if before.get("LLM_BACKEND"):
-        dotenv.set_key(DOTENV, "LLM_BACKEND", str(engine_override(compose_file)), quote_mode="never")
+    """Set COMPOSE_FILE, and LLM_BACKEND where it is set, in .env; nothing else of it changes."""
+    path = DOTENV.resolve()
+    text = path.read_text(encoding="utf-8")
+    for name, value in (("COMPOSE_FILE", compose_file), ("LLM_BACKEND", engine_override(compose_file))):
+        text = re.sub(rf"^(\s*(?:export\s+)?{name}\s*=)[^\n]*\S[^\n]*", rf"\g<1>{value}", text, flags=re.M)
+    part = path.with_name(f"{path.name}.part")
+    part.touch(mode=path.stat().st_mode & 0o777)  # it holds secrets
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _settings() -> Settings:
@@ -147,16 +164,15 @@ def _settings() -> Settings:
 
 def _start(compose: Compose, settings: Settings) -> EngineState:
     """Create what is not there, and return once the engine is healthy and has answered."""
-    with _alone():
-        with _building("Starting the containers.") as told:
-            compose.up(told)
-        with console.status("The engine loads its model.") as line:
-            try:
-                compose.wait(lambda seconds: line.update(f"The engine loads its model: {seconds:.0f} s."))
-            except Unreachable:
-                compose.stop()  # it would end and start again for ever
-                raise
-        return asyncio.run(_first_token(settings))
+    with _building("Starting the containers.") as told:
+        compose.up(told)
+    with console.status("The engine loads its model.") as line:
+        try:
+            compose.wait(lambda seconds: line.update(f"The engine loads its model: {seconds:.0f} s."))
+        except Unreachable:
+            compose.stop()  # it would end and start again for ever
+            raise
+    return asyncio.run(_first_token(settings))
 
 
 @contextlib.contextmanager
@@ -166,8 +182,10 @@ def _alone() -> Iterator[None]:
     Two that measure and take one GPU's memory at the same moment both fail.
     """
     path = Path(tempfile.gettempdir()) / "millrace-engine-start.lock"
-    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)  # enough to lock it, for another user as well
-    with os.fdopen(descriptor) as file:
+    # To read is enough to lock it; another user's file in such a folder cannot be opened with O_CREAT.
+    if not path.exists():
+        path.touch(mode=0o644)
+    with path.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -183,17 +201,11 @@ async def _first_token(settings: Settings) -> EngineState:
         model = settings.llm_model or next(iter(state.models), "")
         body = {"model": model, "messages": [{"role": "user", "content": "Say a word."}], "max_tokens": 1}
         try:
-            await client.post(CHAT, _json(body), FIRST_TOKEN)
+            await client.post(CHAT, msgspec.json.encode(body), FIRST_TOKEN)
         except RequestRefused:
             if not await serves(client, "/v1/embeddings", model):  # a model without a chat
                 raise
         return state
-
-
-def _json(value: Any) -> bytes:
-    import msgspec
-
-    return msgspec.json.encode(value)
 
 
 def _name_to_be(engine: str, settings: Settings) -> str:
@@ -223,9 +235,11 @@ def _check_models(settings: Settings, served: list[str]) -> None:
 
 def _send_tickets() -> None:
     """Let the work go on now, and not when the reaper next looks."""
+    from kombu.exceptions import OperationalError
+
     from tasks.batch import send_tickets
 
-    with contextlib.suppress(MillraceError, OSError):
+    with contextlib.suppress(MillraceError, OperationalError):  # the reaper does it else
         send_tickets()
 
 

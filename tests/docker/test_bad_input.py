@@ -66,7 +66,8 @@ def test_a_wrong_value_in_dotenv(queued: Callable[..., Project]) -> None:
 
 def test_a_missing_model_file(queued: Callable[..., Project]) -> None:
     done = refused(queued("llamacpp", MODEL_PATH="/models/none.gguf"), "engine_failed")
-    assert "MODEL_PATH=/models/none.gguf is not there" in done.error["message"]
+    assert done.error["message"].startswith("The engine did not start. MODEL_PATH=/models/none.gguf is not there")
+    assert "\x1b" not in done.error["message"]
     assert "tiny.gguf" in done.error["message"]  # what there is instead
 
 
@@ -135,6 +136,13 @@ def test_a_folder_without_safetensors(queued: Callable[..., Project], vllm_image
     for weights in (one.folder / "models/hf/tiny").glob("*.safetensors"):
         weights.rename(weights.with_suffix(".bin"))
     assert "has no .safetensors file" in refused(one, "engine_failed").error["message"]
+
+
+def test_a_password_that_compose_cannot_read_is_not_shown(project: Callable[..., Project]) -> None:
+    one = project("llamacpp")
+    (one.folder / ".env").write_text((one.folder / ".env").read_text() + "REDIS_PASSWORD=s3cr${t\n")
+    done = refused(one, "compose_failed")
+    assert "s3cr" not in done.out + done.err
 
 
 def test_an_image_that_is_not_there(queued: Callable[..., Project]) -> None:

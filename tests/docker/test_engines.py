@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -191,6 +192,35 @@ def test_a_switch_that_fails_goes_back(project: Callable[..., Project], llamacpp
     assert (done.code, done.error["code"]) == (3, "engine_failed")
     assert "MODEL_NAME=/models/other is not there" in done.error["message"]
     assert "The old engine runs again." in done.error["message"]
+    assert (one.folder / ".env").read_text() == before
+    assert chat(one)["model"] == MODEL
+    with one.redis() as client:
+        assert client.get("millrace:hold") is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_switch_that_is_ended_goes_back(
+    project: Callable[..., Project], llamacpp_image: str, vllm_image: str, number: signal.Signals
+) -> None:
+    one = project("llamacpp", VLLM_ARGS=CPU_VLLM)
+    one.add_models()
+    with (one.folder / ".env").open("a") as file:
+        file.write("NOTE=a$b\n")  # Compose warns of it, and that is all
+    assert one.cli.run("backend", "start", seconds=START).code == 0
+    before = (one.folder / ".env").read_text()
+    with one.cli.start("backend", "switch", "vllm") as switching:
+        switching.until(
+            lambda: (
+                "docker-compose.vllm.yml" in (one.folder / ".env").read_text()
+                and one.container("llm-server")["Config"]["Image"] == "localhost/millrace-vllm"
+            ),
+            "the other engine's container",
+            120,
+        )
+        switching.send(number)
+        done = switching.wait(START)
+    assert done.code == 130
+    assert "The old engine runs again." in done.err
     assert (one.folder / ".env").read_text() == before
     assert chat(one)["model"] == MODEL
     with one.redis() as client:

@@ -75,6 +75,16 @@ def services(project: Callable[..., Project]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def test_workers_may_have_an_engine_elsewhere(project: Callable[..., Project]) -> None:
+    one = project(LLM_SERVER_URL="http://gpu.lan:8000", GRAFANA_PASSWORD="not for workers")
+    worker = one.config("worker")["services"]["worker"]["environment"]
+    assert worker["LLM_SERVER_URL"] == "http://gpu.lan:8000"
+    assert worker["REDIS_PASSWORD"] == one.variables["REDIS_PASSWORD"]
+    assert worker["GRAFANA_PASSWORD"] == ""
+    ours = project().config("llamacpp", "worker")["services"]["worker"]["environment"]
+    assert ours["LLM_SERVER_URL"] == "http://llm-server:8000"
+
+
 def test_every_service_is_hardened_and_on_loopback(project: Callable[..., Project]) -> None:
     for name, service in services(project).items():
         assert [one.upper() for one in service["cap_drop"]] == ["ALL"], name
@@ -100,7 +110,11 @@ def test_variables_of_the_files_are_settings_with_the_same_defaults() -> None:  
     fields = Settings.model_fields
     assert {name for name, _, _ in used} - {name.upper() for name in fields} == set()
     defaults = Settings(_env_file=None)
-    own = {"models_source": {"./models/gguf", "./models/hf"}, "data_dir": {"millrace-data"}}
+    own = {
+        "models_source": {"./models/gguf", "./models/hf"},
+        "data_dir": {"millrace-data"},
+        "llm_server_url": {"http://llm-server:8000"},
+    }
     for name, kind, default in used:
         field = name.lower()
         if kind == ":-" and field not in secret_fields():

@@ -45,6 +45,11 @@ class Stack:
             return sum(int(client.llen(key)) for key in client.keys("interactive*"))
 
 
+def seen(stack: Stack) -> set[str | None]:
+    """The holds that workers have seen."""
+    return {entry["hold"] for entry in presence.alive(stack.settings)}
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("hold")
@@ -111,7 +116,9 @@ def test_a_batch_drains_and_goes_on(stack: Stack, tmp_path: Path) -> None:
             assert stack.engine.stats()["in_flight"] == 0
             done = counts()["completed"]
             assert 0 < done < 400
-            assert ledger.waiting_models() == {"scripted": pytest.approx(400, abs=399)}
+            waiting = ledger.waiting_models()["scripted"]
+            # Whole shards: what of one is done goes back with it.
+            assert 400 - done <= waiting <= 400
         stack.engine.script(tokens_per_second=0)
         until(lambda: ledger.batch(batch)["status"] == "completed", "a batch that is done", 60)
         assert verify(ledger, stack.settings.data_dir, batch).ok
@@ -128,6 +135,23 @@ def test_only_one_holds(stack: Stack) -> None:
 
 def test_a_dead_holders_hold_ends_by_itself(stack: Stack) -> None:
     with presence.connect(stack.settings) as client:
-        client.set(hold.KEY, '{"token": "of the dead", "why": "it died"}', px=1500)
-        until(lambda: hold.current(client) is None, "the end of the hold")
-    assert stack.chat().get(timeout=30)["choices"]
+        client.set(hold.KEY, '{"token": "of the dead", "why": "it died"}', ex=hold.TTL)
+        until(lambda: seen(stack) == {"of the dead"}, "a worker that holds")
+        waiting = stack.chat()
+        until(lambda: stack.queued() == 1, "a task in the queue")
+        client.expire(hold.KEY, 1)  # the rest of its time
+    assert waiting.get(timeout=30)["choices"]
+
+
+def test_a_holder_that_slept_too_long_leaves_the_next_one_alone(stack: Stack) -> None:
+    with presence.connect(stack.settings) as client:
+        with hold.hold(stack.settings, "the sleeper"):
+            client.set(hold.KEY, '{"token": "another", "why": "awake"}', ex=hold.TTL)
+        assert hold.current(client) == "another"
+        client.delete(hold.KEY)
+
+
+def test_a_hold_outlives_a_redis_that_forgets_it(stack: Stack) -> None:
+    with presence.connect(stack.settings) as client, hold.hold(stack.settings, "a test") as held:
+        client.delete(hold.KEY)
+        until(lambda: hold.current(client) == held.token, "the hold again")

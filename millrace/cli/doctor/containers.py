@@ -9,8 +9,8 @@ from typing import Any
 
 from millrace.cli.doctor.docker import Container, Docker
 from millrace.cli.doctor.finding import Finding, note, ok, wrong
-from millrace.cli.doctor.programs import ask, hide, together
-from millrace.settings import Settings
+from millrace.cli.doctor.programs import ask, together
+from millrace.settings import Settings, hide_secrets
 from millrace.symptoms import telling
 
 CHECK = "containers"
@@ -46,7 +46,7 @@ def containers(settings: Settings, docker: Docker) -> list[Finding]:
     for container, log in zip(found, logs, strict=True):
         if container.id not in inspected:  # it has gone since it was listed
             continue
-        lines = hide(log.out + log.err, settings).splitlines()
+        lines = hide_secrets(log.out + log.err, settings).splitlines()
         finding = _judge(container, inspected[container.id], lines, settings)
         if finding is None:
             well.append(f"{container.service} {_health(inspected[container.id]) or 'runs'}")
@@ -64,7 +64,7 @@ def _judge(container: Container, entry: dict[str, Any], lines: list[str], settin
     service, state = container.service, entry["State"]
     status, code, restarts, health = state["Status"], state["ExitCode"], entry.get("RestartCount", 0), _health(entry)
     logs = f"docker compose logs {service} says why."
-    if error := hide(state.get("Error") or "", settings):
+    if error := hide_secrets(state.get("Error") or "", settings):
         line, mend = telling([error])
         return wrong(CHECK, f"{service} cannot be started: {line}", mend or "Correct that, then: docker compose up -d")
     line, mend = telling([*lines, "Illegal instruction"] if code == ILLEGAL else lines)
@@ -88,7 +88,7 @@ def _judge(container: Container, entry: dict[str, Any], lines: list[str], settin
         return wrong(CHECK, f"{service} runs, and is in no network: nobody reaches it", mend)
     if health == "unhealthy":
         probes = state["Health"].get("Log") or [{}]
-        output = hide(str(probes[-1].get("Output", "")), settings).strip().splitlines()
+        output = hide_secrets(str(probes[-1].get("Output", "")), settings).strip().splitlines()
         why = output[-1] if output else f"exit code {probes[-1].get('ExitCode', '?')}"
         return wrong(CHECK, f"{service} is unhealthy: {why}", mend or logs)
     if health == "starting":

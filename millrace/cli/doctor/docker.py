@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from millrace.cli.doctor.finding import Finding, ok, wrong
-from millrace.cli.doctor.programs import MISSING, TOO_LATE, Answer, ask, hide, together
+from millrace.cli.doctor.programs import MISSING, TOO_LATE, Answer, ask, together
 from millrace.compose import SERVICE
-from millrace.settings import Settings, engine_override
+from millrace.settings import Settings, compose_files, engine_override, hide_secrets
 
 #: docker-compose.vllm.yml has a config with `content`, which came with it.
 OLDEST_COMPOSE = (2, 23, 1)
@@ -146,7 +146,9 @@ def _daemon(info: Answer, settings: Settings) -> Finding | None:
     errors = _json(info.out).get("ServerErrors") or []
     if info.code == 0 and not errors:
         return None
-    said = hide(info.err.strip().splitlines()[-1] if info.err.strip() else " ".join(errors), settings).rstrip(".")
+    said = hide_secrets(info.err.strip().splitlines()[-1] if info.err.strip() else " ".join(errors), settings).rstrip(
+        "."
+    )
     if info.code == TOO_LATE:
         return wrong("docker", f"the Docker daemon gives {said}", "Restart it: sudo systemctl restart docker")
     if "permission denied" in said.lower():
@@ -180,14 +182,13 @@ def _compose(version: Answer) -> Finding | None:
 
 
 def _files(settings: Settings, config: Answer) -> Finding | None:
-    names = [name for name in re.split(r"[:;,]", settings.compose_file) if name]
-    absent = [name for name in names if not Path(name).is_file()]
+    absent = [name for name in compose_files(settings.compose_file) if not Path(name).is_file()]
     if absent:
         mend = "Run it in the project's folder, or correct COMPOSE_FILE."
         return wrong("compose", f"COMPOSE_FILE names {', '.join(absent)}, and there is no such file", mend)
     if config.code == 0:
         return None
-    said = hide(config.last_line, settings)
+    said = hide_secrets(config.last_line, settings)
     if needed := re.search(r"required variable (\w+) is missing a value: (.*)", said):
         hint = needed[2].partition(" - ")[2] or "set it in .env"
         return wrong("compose", f"{needed[1]} is not set, and the containers need it", hint[0].upper() + hint[1:] + ".")

@@ -10,11 +10,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
-from urllib.parse import unquote, urlsplit
-
-from pydantic import SecretStr
-
-from millrace.settings import Settings, secret_fields
 
 T = TypeVar("T")
 
@@ -71,19 +66,3 @@ def together(calls: Sequence[Callable[[], T]]) -> list[T]:
         return []
     with ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(lambda call: call(), calls))
-
-
-def hide(text: str, settings: Settings) -> str:
-    """Return what another program said with our secrets replaced by ***."""
-    secrets: set[str] = set()
-    for name in secret_fields():
-        value = getattr(settings, name)
-        if isinstance(value, SecretStr):
-            secret = value.get_secret_value()
-            secrets.add(secret)
-            password = urlsplit(secret).password if "://" in secret else secret.partition(":")[2]
-            secrets |= {password or "", unquote(password or "")}
-    # The longest first: one may be a part of another.
-    for secret in sorted(secrets - {""}, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return text
