@@ -6,27 +6,78 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
-from millrace.cli.output import Json, answers, print_json, size
+from millrace.cli.fetching import fetching
+from millrace.cli.output import Json, answers, print_json, say, size
+from millrace.models.pull import pull
 from millrace.models.registry import model_files
 from millrace.models.tiny import make_tiny
 from millrace.settings import get_settings
 
-app = typer.Typer(help="Model files.", no_args_is_help=True)
+app = typer.Typer(help="Models: download and list them.", no_args_is_help=True)
+
+
+@app.command("pull")
+def pull_command(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/REPO", help="Repository on the Hugging Face Hub.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="GGUF file or quantization; else Q4_K_M.")] = "",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    as_json: Json = False,
+) -> None:
+    """Download a model: a GGUF file into models/gguf, a folder with safetensors into models/hf.
+
+    Interrupt it or kill it: the same command goes on where it was. Every file is checked by its hash.
+    """
+    settings = get_settings()
+    try:
+        with fetching() as progress:
+            pulled = pull(settings, repo, file, revision=revision, say=say, progress=progress)
+    except KeyboardInterrupt:
+        say("Interrupted: what came is kept, and the same command goes on.")
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json(pulled.as_dict())
+        return
+    if source := settings.models_source:
+        say(f"MODELS_SOURCE={source}: the containers look there, and {pulled.path} must be copied to it.")
+    say(f"{pulled.path} is there. With this line in .env, the engine serves it as {pulled.serves}:")
+    answers.print(pulled.setting, markup=False)
 
 
 @app.command("list")
 def list_command(as_json: Json = False) -> None:
-    """List the model files in MODELS_DIR."""
+    """List the models in MODELS_DIR: size, quantization, parameters, context, and what is wrong with them."""
     folder = get_settings().models_dir
     found = model_files(folder)
     if as_json:
         print_json({"files": [file.as_dict() for file in found]})
         return
-    for file in found:
-        answers.print(f"{file.name}  {file.format}  {size(file.bytes)}  {file.path}", markup=False)
     if not found:
         answers.print(f"There are no models in {folder / 'gguf'} and {folder / 'hf'}.", markup=False)
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("name", "format", "size", "quantization", "parameters", "context", "path"):
+        table.add_column(title, overflow="fold")
+    for file in found:
+        known = [file.quantization, _count(file.parameters), str(file.context or "")]
+        cells = [file.name, file.format, size(file.bytes), *known, file.path]
+        table.add_row(*map(escape, cells))
+    answers.print(table)
+    for file in found:
+        if file.problem:
+            answers.print(f"broken: {file.problem}", markup=False)
+
+
+def _count(parameters: int | None) -> str:
+    """Return a number of parameters as people write it: 7.6B, 494M."""
+    if parameters is None:
+        return ""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if parameters >= unit:
+            return f"{parameters / unit:.1f}{name}" if parameters < 100 * unit else f"{parameters / unit:.0f}{name}"
+    return str(parameters)
 
 
 @app.command("make-tiny")

@@ -19,10 +19,9 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
 from millrace import embedded, presence
-from millrace.cli.output import console, say
+from millrace.cli.fetching import fetching
+from millrace.cli.output import say
 from millrace.engine.client import EngineClient
 from millrace.engine.llama_process import Launch
 from millrace.engine.probes import EngineState, probe
@@ -200,14 +199,12 @@ def _choose_engine(stack: Stack) -> tuple[Launch, bool]:
             "Start it; or set MODEL_PATH, to serve that model here; or take LLM_SERVER_URL out, for the demo's model.",
             code="engine_unreachable",
         )
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Fetching", total=None, visible=False)
+    with fetching() as show:
 
         def progress(done: int, total: int) -> None:
             if stack.stopping.is_set():
                 raise KeyboardInterrupt
-            bar.update(task, completed=done, total=total, visible=True)
+            show(done, total)
 
         model = ensure_model(settings, say=say, progress=progress)
 

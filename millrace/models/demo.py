@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from millrace.errors import InputError
-from millrace.models.download import download, probe_hub
+from millrace.errors import InputError, Unreachable
+from millrace.models.choose import choose_gguf
+from millrace.models.pull import fetch_gguf, look_hub
 from millrace.models.tiny import make_tiny
 from millrace.settings import Settings
 
@@ -64,19 +65,17 @@ def ensure_model(
     """
     if (choice := chosen_model(settings)) is not None:
         return choice
-    token = settings.hf_token.get_secret_value() if settings.hf_token else None
-    remote = probe_hub(
-        settings.hf_endpoint,
-        settings.demo_model_repo,
-        settings.demo_model_file,
-        revision=settings.demo_model_revision,
-        token=token,
-    )
-    if remote is not None:
-        say(f"Fetching {settings.demo_model_file} from {settings.hf_endpoint}/{settings.demo_model_repo}.")
-        target = _demo_path(settings)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        download(remote, target, sha256=settings.demo_model_sha256 or None, progress=progress)
+    try:
+        repository = look_hub(settings, settings.demo_model_repo, settings.demo_model_revision)
+    except Unreachable as error:
+        if error.code != "hub_unreachable":
+            raise
+    else:
+        model = choose_gguf(repository, settings.demo_model_file)
+        sha256 = settings.demo_model_sha256 or None
+        target, _ = fetch_gguf(
+            repository, model, settings.models_dir / "gguf", say=say, progress=progress, sha256=sha256
+        )
         return Choice(target, settings.llm_model or target.stem)
     path = settings.models_dir / "tiny" / f"{TINY}.gguf"
     if not path.is_file():

@@ -31,6 +31,7 @@ ANSWER = {
     "config show",
     "models list",
     "models make-tiny",
+    "models pull",
     *(f"batch {name}" for name in ("submit", "run", "list", "show", "watch", "cancel", "results", "verify")),
 }
 #: Those that serve until they are ended.

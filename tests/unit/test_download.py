@@ -1,12 +1,16 @@
-"""Downloads from a real HTTP server on loopback: a hub that redirects to a CDN on another port."""
+"""Listings and downloads from a real HTTP server on loopback: a hub that redirects to a CDN on another port."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import json
+import os
 import random
+import shutil
 import socket
+import ssl
+import stat
 import subprocess
 import sys
 import threading
@@ -14,12 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from millrace.errors import MillraceError, NotFound, SettingsError, StorageError, Unreachable
+from millrace.errors import InputError, MillraceError, NotFound, SettingsError, StorageError, Unreachable
 from millrace.models import download as module
-from millrace.models.download import RemoteFile, download, probe_hub
+from millrace.models.download import download
+from millrace.models.hub import RemoteFile, look_up
 
 REPO, FILE, COMMIT = "someone/tiny-GGUF", "tiny-q8_0.gguf", "c0ffee" * 6 + "abcd"
 BODY = random.Random(7).randbytes(3_000_000)
@@ -27,6 +33,10 @@ BODY = random.Random(7).randbytes(3_000_000)
 
 def sha256(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
+
+
+def git_sha1(body: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
 @dataclass
@@ -40,6 +50,7 @@ class Site:
     #: Statuses of the hub for the next requests, before it works.
     statuses: list[int] = field(default_factory=list)
     error_code: str = ""
+    error_message: str = ""
     #: For each of the next answers of the CDN: after how many bytes it closes the connection.
     cuts: list[int] = field(default_factory=list)
     #: When set, the CDN stops here in its next answer, without closing, until `release`.
@@ -47,6 +58,9 @@ class Site:
     release: threading.Event = field(default_factory=threading.Event)
     ranges: bool = True
     lfs: bool = True
+    #: Instead of the one file's; and instead of the whole answer of the API.
+    siblings: list[Any] | None = None
+    answer: str = ""
     renamed_from: str = ""
     hub: str = ""
     cdn: str = ""
@@ -56,9 +70,9 @@ class Site:
     def asked(self, who: str, method: str = "GET") -> list[dict[str, str]]:
         return [headers for verb, server, _, headers in self.log if (verb, server) == (method, who)]
 
-    def probe(self, token: str | None = None) -> RemoteFile:
-        remote = probe_hub(self.hub, REPO, FILE, token=token)
-        assert remote is not None
+    def look(self, token: str | None = None) -> RemoteFile:
+        remote = look_up(self.hub, REPO, token=token).files[FILE]
+        self.log.clear()
         return remote
 
 
@@ -69,9 +83,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
 
     def do_GET(self) -> None:
         self.site.log.append((self.command, self.name, self.path, dict(self.headers)))
@@ -91,25 +102,27 @@ class Handler(BaseHTTPRequestHandler):
     def answer_as_hub(self) -> None:
         site = self.site
         if site.statuses:
-            extra = {"X_Error_Code": site.error_code} if site.error_code else {}
+            said = {"X_Error_Code": site.error_code, "X_Error_Message": site.error_message}
+            extra = {name: value for name, value in said.items() if value}
             self.head(site.statuses.pop(0), Content_Length="0", **extra)
-        elif site.renamed_from and self.path.startswith(f"/{site.renamed_from}/"):
-            new = self.path.replace(site.renamed_from, REPO, 1)
-            self.head(307, Location=new, Content_Length="0")
-        elif self.path not in {f"/{REPO}/resolve/{revision}/{FILE}" for revision in ("main", COMMIT)}:
+        elif site.renamed_from and site.renamed_from in self.path:
+            self.head(307, Location=self.path.replace(site.renamed_from, REPO, 1), Content_Length="0")
+        elif self.path == f"/api/models/{REPO}/revision/main?blobs=true":
+            self.list()
+        elif self.path != f"/{REPO}/resolve/{COMMIT}/{FILE}":
             self.head(404, Content_Length="0", X_Error_Code="EntryNotFound")
-        elif site.lfs:
-            self.head(
-                302,
-                Location=f"{site.cdn}/blob?signature=abc",
-                Content_Length="123",
-                ETag='"of-the-redirect"',
-                X_Linked_Etag=f'"{site.announced}"',
-                X_Linked_Size=str(len(site.body)),
-                X_Repo_Commit=COMMIT,
-            )
         else:
-            self.head(200, Content_Length=str(len(site.body)), ETag='W/"abcdef"')
+            self.head(302, Location=f"{site.cdn}/blob?signature=abc", Content_Length="123", ETag='"of-the-redirect"')
+
+    def list(self) -> None:
+        site = self.site
+        file: dict[str, Any] = {"rfilename": FILE, "size": len(site.body), "blobId": git_sha1(site.body)}
+        if site.lfs:
+            file["lfs"] = {"sha256": site.announced, "size": len(site.body), "pointerSize": 134}
+        siblings = [file] if site.siblings is None else site.siblings
+        body = (site.answer or json.dumps({"sha": COMMIT, "siblings": siblings})).encode()
+        self.head(200, Content_Length=str(len(body)))
+        self.wfile.write(body)
 
     def answer_as_cdn(self) -> None:
         site = self.site
@@ -163,93 +176,173 @@ def left_over(target: Path) -> list[str]:
     return sorted(path.name for path in target.parent.iterdir() if path != target)
 
 
-# ---- probe --------------------------------------------------------------------------------------
+# ---- the listing --------------------------------------------------------------------------------
 
 
-def test_probe_reads_what_the_hub_says_and_stays_off_the_cdn(site: Site) -> None:
-    assert site.probe(token="hf_secret") == RemoteFile(
-        url=f"{site.hub}/{REPO}/resolve/{COMMIT}/{FILE}",
-        etag=sha256(BODY),
-        size=len(BODY),
-        sha256=sha256(BODY),
-        commit=COMMIT,
-        token="hf_secret",
+def test_a_listing_says_what_a_file_is_and_stays_off_the_cdn(site: Site) -> None:
+    repository = look_up(site.hub, REPO, token="hf_secret")
+    assert repository.commit == COMMIT
+    assert repository.files[FILE] == RemoteFile(
+        url=f"{site.hub}/{REPO}/resolve/{COMMIT}/{FILE}", size=len(BODY), sha256=sha256(BODY), token="hf_secret"
     )
-    assert not site.asked("cdn", "HEAD")
-    assert site.asked("hub", "HEAD")[0]["Authorization"] == "Bearer hf_secret"
+    assert not site.asked("cdn")
+    assert [headers["Authorization"] for headers in site.asked("hub")] == ["Bearer hf_secret"]
 
 
 def test_a_token_is_not_in_the_repr(site: Site) -> None:
-    assert "hf_secret" not in repr(site.probe(token="hf_secret"))
+    assert "hf_secret" not in repr(look_up(site.hub, REPO, token="hf_secret"))
 
 
-def test_probe_of_a_file_that_is_no_lfs_file(site: Site) -> None:
+def test_a_file_that_is_no_lfs_file_has_the_hash_that_git_gave_it(site: Site) -> None:
     site.lfs = False
-    remote = site.probe()
-    assert (remote.etag, remote.size, remote.sha256, remote.commit) == ("abcdef", len(BODY), None, None)
-    assert remote.url == f"{site.hub}/{REPO}/resolve/main/{FILE}"
+    remote = site.look()
+    assert (remote.size, remote.sha256, remote.git_sha1) == (len(BODY), None, git_sha1(BODY))
 
 
-def test_probe_follows_a_renamed_repository(site: Site) -> None:
+def test_a_renamed_repository_is_followed(site: Site, target: Path) -> None:
     site.renamed_from = "someone/old-name"
-    remote = probe_hub(site.hub, "someone/old-name", FILE)
-    assert remote is not None
+    remote = look_up(site.hub, "someone/old-name", token="hf_secret").files[FILE]
     assert remote.sha256 == sha256(BODY)
+    assert download(remote, target)
+    assert not any("Authorization" in headers for headers in site.asked("cdn"))
 
 
-def test_probe_quotes_revision_and_name(site: Site) -> None:
+def test_names_and_revisions_are_quoted(site: Site) -> None:
     with pytest.raises(NotFound):
-        probe_hub(site.hub + "/", REPO, "a folder/ü.gguf", revision="refs/pr/1")
-    assert site.log[0][2] == f"/{REPO}/resolve/refs%2Fpr%2F1/a%20folder/%C3%BC.gguf"
+        look_up(site.hub + "/", REPO, revision="refs/pr/1")
+    assert site.log[0][2] == f"/api/models/{REPO}/revision/refs%2Fpr%2F1?blobs=true"
+    site.siblings = [{"rfilename": "a folder/ü#.gguf", "size": 1}]
+    assert look_up(site.hub, REPO).files["a folder/ü#.gguf"].url.endswith("/a%20folder/%C3%BC%23.gguf")
+
+
+@pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/passwd", "", "a//b", ".", "a\0b", "a\nb", None, 7])
+def test_a_path_that_leaves_the_repository_is_left_out(site: Site, name: object) -> None:
+    site.siblings = [{"rfilename": name, "size": 1}, "nonsense", {"rfilename": "ok", "size": -1, "lfs": 7}]
+    assert look_up(site.hub, REPO).files == {"ok": RemoteFile(f"{site.hub}/{REPO}/resolve/{COMMIT}/ok")}
 
 
 @pytest.mark.parametrize(
-    ("error_code", "what"), [("", "file"), ("RepoNotFound", "repository"), ("RevisionNotFound", "revision")]
+    ("error_code", "what"), [("", "repository"), ("RepoNotFound", "repository"), ("RevisionNotFound", "revision")]
 )
-def test_probe_404_says_what_is_not_there(site: Site, error_code: str, what: str) -> None:
-    site.statuses, site.error_code = [404], error_code
-    with pytest.raises(NotFound, match=f"no such {what}: {REPO}/{FILE}"):
-        site.probe()
+def test_404_says_what_is_not_there(site: Site, error_code: str, what: str) -> None:
+    site.statuses, site.error_code = [404] * 3, error_code
+    with pytest.raises(NotFound, match=f"no such {what}: {REPO} at main"):
+        look_up(site.hub, REPO)
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_probe_denied(site: Site, status: int) -> None:
-    site.statuses = [status]
+@pytest.mark.parametrize(
+    ("status", "error_code", "error_message"),
+    [
+        (403, "", ""),
+        (401, "GatedRepo", "Access to this model is restricted."),
+        (401, "", "Invalid credentials in Authorization header"),
+    ],
+)
+def test_a_hub_that_denies(site: Site, status: int, error_code: str, error_message: str) -> None:
+    site.statuses, site.error_code, site.error_message = [status], error_code, error_message
     with pytest.raises(MillraceError) as caught:
-        site.probe()
+        look_up(site.hub, REPO)
     assert caught.value.code == "hub_denied"
+    assert error_message.rstrip(".") in caught.value.message
+    assert "HF_TOKEN" in caught.value.hint
+
+
+@pytest.mark.parametrize("error_code", ["RepoNotFound", ""])
+def test_401_of_a_repository_that_is_not_there(site: Site, error_code: str) -> None:
+    site.statuses, site.error_code, site.error_message = [401] * 3, error_code, "Invalid username or password."
+    with pytest.raises(NotFound) as caught:
+        look_up(site.hub, REPO)
     assert "HF_TOKEN" in caught.value.hint
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_hub_that_is_down_is_none(site: Site, status: int) -> None:
+def test_a_hub_that_is_down(site: Site, status: int) -> None:
     site.statuses = [status]
-    assert probe_hub(site.hub, REPO, FILE) is None
+    with pytest.raises(Unreachable, match=f"does not answer: HTTP {status}") as caught:
+        look_up(site.hub, REPO)
+    assert caught.value.code == "hub_unreachable"
 
 
-def test_a_hub_that_says_nonsense_is_an_error(site: Site) -> None:
-    site.statuses = [418]
+@pytest.mark.parametrize("answer", ["<html>", "[]", "{}", '{"sha": "main", "siblings": []}', '{"sha": 1}', "7"])
+def test_a_hub_that_says_nonsense(site: Site, answer: str) -> None:
+    site.answer = answer
     with pytest.raises(MillraceError) as caught:
-        site.probe()
+        look_up(site.hub, REPO)
     assert caught.value.code == "hub_error"
 
 
-def test_connection_refused_is_none() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    assert probe_hub(f"http://127.0.0.1:{port}", REPO, FILE) is None
+def test_a_hub_that_is_a_teapot(site: Site) -> None:
+    site.statuses = [418]
+    with pytest.raises(MillraceError, match="HTTP 418") as caught:
+        look_up(site.hub, REPO)
+    assert caught.value.code == "hub_error"
 
 
-def test_a_hub_that_never_answers_is_none() -> None:
+def test_connection_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert probe_hub(f"http://127.0.0.1:{port}", REPO, FILE, timeout=0.2) is None
+    with pytest.raises(Unreachable, match="refused"):
+        look_up(f"http://127.0.0.1:{port}", REPO)
+
+
+def test_a_hub_that_never_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(Unreachable, match="no byte for"):
+            look_up(f"http://127.0.0.1:{port}", REPO, timeout=0.2)
+
+
+def test_a_certificate_that_nobody_has_signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    words = [
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-subj",
+        "/CN=127.0.0.1",
+        "-keyout",
+        key,
+        "-out",
+        certificate,
+    ]
+    subprocess.run(["openssl", *words], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            with pytest.raises(Unreachable, match="cannot be trusted: self-signed") as caught:
+                look_up(f"https://127.0.0.1:{server.server_port}", REPO)
+            assert caught.value.code == "hub_untrusted"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_redirects_that_never_end(site: Site) -> None:
+    site.renamed_from = REPO
+    with pytest.raises(Unreachable, match="more than 8 redirects"):
+        look_up(site.hub, REPO)
 
 
 @pytest.mark.parametrize("endpoint", ["file:///etc", "huggingface.co", "http://", "http://a:b", "http://[1"])
 def test_an_endpoint_that_is_no_address(endpoint: str) -> None:
     with pytest.raises(SettingsError, match="no http or https address"):
-        probe_hub(endpoint, REPO, FILE)
+        look_up(endpoint, REPO)
+
+
+@pytest.mark.parametrize("repo", ["gpt2", "a/b/c", "../a", "a/..", "a b/c", "/a", "a/", "https://huggingface.co/a/b"])
+def test_a_name_that_is_no_repository(repo: str) -> None:
+    with pytest.raises(InputError, match="no name of a repository"):
+        look_up("http://127.0.0.1:9", repo)
 
 
 # ---- download -----------------------------------------------------------------------------------
@@ -257,8 +350,8 @@ def test_an_endpoint_that_is_no_address(endpoint: str) -> None:
 
 def test_download_through_the_redirect(site: Site, target: Path) -> None:
     seen: list[tuple[int, int]] = []
-    remote = site.probe()
-    assert download(remote, target, progress=lambda done, total: seen.append((done, total))) == target
+    remote = site.look()
+    assert download(remote, target, progress=lambda done, total: seen.append((done, total)))
     assert target.read_bytes() == BODY
     assert left_over(target) == []
     assert seen[-1] == (len(BODY), len(BODY))
@@ -267,14 +360,14 @@ def test_download_through_the_redirect(site: Site, target: Path) -> None:
 
 def test_the_token_goes_to_the_hub_alone(site: Site, target: Path) -> None:
     site.cuts = [1_000_000]
-    download(site.probe(token="hf_secret"), target)
+    download(site.look(token="hf_secret"), target)
     assert [headers["Authorization"] for headers in site.asked("hub")] == ["Bearer hf_secret"] * 2
     assert not any("Authorization" in headers for headers in site.asked("cdn"))
 
 
 def test_a_cut_connection_is_resumed(site: Site, target: Path) -> None:
     site.cuts = [1_234_567]
-    download(site.probe(), target)
+    download(site.look(), target)
     assert target.read_bytes() == BODY
     first, second = site.asked("cdn")
     assert "Range" not in first
@@ -286,7 +379,7 @@ def test_a_cut_connection_is_resumed(site: Site, target: Path) -> None:
 def test_many_cuts_are_fine_while_there_is_progress(site: Site, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PROGRESS", 100_000)
     site.cuts = [100_000] * 20
-    download(site.probe(), target)
+    download(site.look(), target)
     assert target.read_bytes() == BODY
     assert len(site.asked("cdn")) == 21
 
@@ -297,10 +390,10 @@ def test_too_many_cuts_without_progress_end_it_and_keep_the_part(
     monkeypatch.setattr(module, "_BACKOFF", 0.001)
     site.cuts = [1000, *[0] * 20]
     with pytest.raises(Unreachable, match=r"cut 8 times .* at 1000 of 3000000 bytes"):
-        download(site.probe(), target)
+        download(site.look(), target)
     assert not target.exists()
     site.cuts = []
-    download(site.probe(), target)
+    download(site.look(), target)
     assert site.asked("cdn")[-1]["Range"] == "bytes=1000-"
     assert target.read_bytes() == BODY
 
@@ -309,7 +402,7 @@ def test_a_server_that_has_less_than_it_said_does_not_keep_us_for_ever(
     site: Site, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_BACKOFF", 0.001)
-    remote = replace(site.probe(), size=len(BODY) + 1)
+    remote = replace(site.look(), size=len(BODY) + 1)
     with pytest.raises(Unreachable):
         download(remote, target)
     assert not target.exists()
@@ -317,7 +410,7 @@ def test_a_server_that_has_less_than_it_said_does_not_keep_us_for_ever(
 
 def test_busy_servers_are_asked_again(site: Site, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BACKOFF", 0.001)
-    remote = site.probe()
+    remote = site.look()
     site.statuses = [503, 429, 500]
     download(remote, target)
     assert target.read_bytes() == BODY
@@ -325,7 +418,7 @@ def test_busy_servers_are_asked_again(site: Site, target: Path, monkeypatch: pyt
 
 def test_a_server_without_ranges_sends_it_whole(site: Site, target: Path) -> None:
     site.cuts, site.ranges = [1_000_000], False
-    download(site.probe(), target)
+    download(site.look(), target)
     assert target.read_bytes() == BODY
 
 
@@ -334,9 +427,9 @@ def test_another_etag_at_the_cdn_starts_over(site: Site, target: Path, monkeypat
     old = random.Random(8).randbytes(len(BODY))
     site.body, site.cuts = old, [1_000]
     with pytest.raises(Unreachable):
-        download(site.probe(), target)
+        download(site.look(), target)
     site.body, site.etag = BODY, '"cdn-2"'
-    download(site.probe(), target)
+    download(site.look(), target)
     assert site.asked("cdn")[-1]["If-Range"] == '"cdn-1"'
     assert target.read_bytes() == BODY
 
@@ -345,11 +438,11 @@ def test_another_etag_at_the_hub_starts_over(site: Site, target: Path, monkeypat
     monkeypatch.setattr(module, "_MAX_FAILURES", 1)
     site.cuts = [1_000]
     with pytest.raises(Unreachable):
-        download(site.probe(), target)
+        download(site.look(), target)
     assert left_over(target) == [f"{FILE}.part", f"{FILE}.part.json"]
     site.body = random.Random(9).randbytes(len(BODY))
     site.announced = sha256(site.body)
-    download(site.probe(), target)
+    download(site.look(), target)
     # Not even asked for the rest: the note says that the part is of another file.
     assert "Range" not in site.asked("cdn")[-1]
     assert target.read_bytes() == site.body
@@ -359,7 +452,7 @@ def test_another_etag_at_the_hub_starts_over(site: Site, target: Path, monkeypat
 def test_a_wrong_hash_leaves_nothing(site: Site, target: Path) -> None:
     site.announced = sha256(b"something else")
     with pytest.raises(MillraceError) as caught:
-        download(site.probe(), target)
+        download(site.look(), target)
     assert caught.value.code == "checksum_mismatch"
     assert sha256(BODY) in caught.value.message
     assert list(target.parent.iterdir()) == []
@@ -367,22 +460,21 @@ def test_a_wrong_hash_leaves_nothing(site: Site, target: Path) -> None:
 
 def test_the_caller_and_the_hub_disagree(site: Site, target: Path) -> None:
     with pytest.raises(MillraceError) as caught:
-        download(site.probe(), target, sha256="0" * 64)
+        download(site.look(), target, sha256="0" * 64)
     assert caught.value.code == "checksum_mismatch"
     assert not site.asked("hub")
 
 
 def test_no_hash_no_download(site: Site, target: Path) -> None:
-    site.lfs = False
     with pytest.raises(MillraceError) as caught:
-        download(site.probe(), target)
+        download(replace(site.look(), sha256=None), target)
     assert caught.value.code == "checksum_unknown"
     with pytest.raises(MillraceError, match="is no sha256"):
-        download(site.probe(), target, sha256="abc")
+        download(site.look(), target, sha256="abc")
 
 
 def test_the_callers_hash_is_enough(site: Site, target: Path) -> None:
-    remote = replace(site.probe(), sha256=None, size=None, etag="abcdef")
+    remote = replace(site.look(), sha256=None, size=None)
     site.cuts = [2_000_000]
     download(remote, target, sha256=sha256(BODY).upper())
     assert target.read_bytes() == BODY
@@ -391,15 +483,39 @@ def test_the_callers_hash_is_enough(site: Site, target: Path) -> None:
 def test_what_is_there_already_is_not_downloaded(site: Site, target: Path) -> None:
     target.parent.mkdir()
     target.write_bytes(BODY)
-    download(site.probe(), target)
+    download(site.look(), target)
     assert not site.asked("hub")
     target.write_bytes(b"another file")
-    download(site.probe(), target)
+    download(site.look(), target)
     assert target.read_bytes() == BODY
 
 
+def test_a_small_file_is_checked_by_the_hash_that_git_gave_it(site: Site, target: Path) -> None:
+    site.lfs, site.cuts = False, [1_000_000]
+    remote = site.look()
+    assert download(remote, target)
+    assert target.read_bytes() == BODY
+    assert not download(remote, target)
+    site.body = BODY[:-1] + b"x"
+    target.unlink()
+    with pytest.raises(MillraceError, match="has the git hash") as caught:
+        download(remote, target)
+    assert caught.value.code == "checksum_mismatch"
+    assert list(target.parent.iterdir()) == []
+
+
+def test_everybody_may_read_what_was_downloaded(site: Site, tmp_path: Path) -> None:
+    target = tmp_path / "models" / "gguf" / FILE
+    before = os.umask(0o077)
+    try:
+        download(site.look(), target)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (target, *target.parents[:2])] == [0o644, 0o755, 0o755]
+
+
 def test_a_file_that_is_gone(site: Site, target: Path) -> None:
-    remote = site.probe()
+    remote = site.look()
     site.statuses = [404]
     with pytest.raises(NotFound):
         download(remote, target)
@@ -408,14 +524,14 @@ def test_a_file_that_is_gone(site: Site, target: Path) -> None:
 
 def test_an_empty_file(site: Site, target: Path) -> None:
     site.body, site.announced = b"", sha256(b"")
-    download(site.probe(), target)
+    download(site.look(), target)
     assert target.read_bytes() == b""
     assert left_over(target) == []
 
 
 def test_too_little_space(site: Site, target: Path) -> None:
     with pytest.raises(StorageError, match="needs") as caught:
-        download(replace(site.probe(), size=10**18), target)
+        download(replace(site.look(), size=10**18), target)
     assert caught.value.code == "disk_full"
     assert not site.asked("hub")
 
@@ -423,7 +539,7 @@ def test_too_little_space(site: Site, target: Path) -> None:
 def test_a_folder_that_cannot_be_made(site: Site, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot be written"):
-        download(site.probe(), tmp_path / "file" / FILE)
+        download(site.look(), tmp_path / "file" / FILE)
 
 
 def test_one_process_at_a_time(site: Site, target: Path) -> None:
@@ -432,21 +548,21 @@ def test_one_process_at_a_time(site: Site, target: Path) -> None:
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(MillraceError) as caught:
-            download(site.probe(), target)
+            download(site.look(), target)
     assert caught.value.code == "download_busy"
     # The lock file of a process that is gone blocks nobody.
     assert lock.exists()
-    download(site.probe(), target)
+    download(site.look(), target)
     assert left_over(target) == []
 
 
 CHILD = """
 import sys
 from pathlib import Path
-from millrace.models.download import download, probe_hub
+from millrace.models.download import download
+from millrace.models.hub import look_up
 
-remote = probe_hub(sys.argv[1], sys.argv[2], sys.argv[3])
-assert remote is not None
+remote = look_up(sys.argv[1], sys.argv[2]).files[sys.argv[3]]
 download(remote, Path(sys.argv[4]), progress=lambda done, total: print(done, flush=True))
 """
 
@@ -462,14 +578,14 @@ def test_a_killed_download_is_resumed(site: Site, target: Path) -> None:
             done = int(process.stdout.readline())
         # Alive, in the middle, and holding the lock.
         with pytest.raises(MillraceError, match="Another process is downloading"):
-            download(site.probe(), target)
+            download(site.look(), target)
         process.kill()
     site.release.set()
     assert left_over(target) == [f"{FILE}.lock", f"{FILE}.part", f"{FILE}.part.json"]
     note = json.loads(target.with_name(FILE + ".part.json").read_text())
-    assert (note["etag"], note["validator"]) == (sha256(BODY), '"cdn-1"')
+    assert (note["digest"], note["validator"]) == (sha256(BODY), '"cdn-1"')
 
-    download(site.probe(), target)
+    download(site.look(), target)
     assert site.asked("cdn")[-1]["Range"] == "bytes=1000000-"
     assert target.read_bytes() == BODY
     assert left_over(target) == []
@@ -479,11 +595,11 @@ def test_a_damaged_part_is_found_out(site: Site, target: Path, monkeypatch: pyte
     monkeypatch.setattr(module, "_MAX_FAILURES", 1)
     site.cuts = [1_000_000]
     with pytest.raises(Unreachable):
-        download(site.probe(), target)
+        download(site.look(), target)
     with target.with_name(FILE + ".part").open("r+b") as part:
         part.write(b"a bad sector")
     with pytest.raises(MillraceError) as caught:
-        download(site.probe(), target)
+        download(site.look(), target)
     assert site.asked("cdn")[-1]["Range"] == "bytes=1000000-"
     assert caught.value.code == "checksum_mismatch"
     assert list(target.parent.iterdir()) == []
@@ -494,6 +610,6 @@ def test_a_part_with_no_readable_note_starts_over(site: Site, target: Path, note
     target.parent.mkdir()
     target.with_name(FILE + ".part").write_bytes(b"\0" * 1000)
     target.with_name(FILE + ".part.json").write_text(note)
-    download(site.probe(), target)
+    download(site.look(), target)
     assert "Range" not in site.asked("cdn")[-1]
     assert target.read_bytes() == BODY
