@@ -40,8 +40,10 @@ def start(as_json: Json = False) -> None:
     settings = _settings()
     if engine_override(settings.compose_file) is None:
         raise _no_engine("llamacpp")
+    compose = Compose(settings)
+    compose.check()
     with _alone():
-        state = _start(Compose(settings), settings)
+        state = _start(compose, settings)
     _done(state, as_json=as_json)
 
 
