@@ -28,11 +28,14 @@ class Flower:
 
     port: int
 
+    def headers(self, login: str = LOGIN) -> dict[str, str]:
+        """Return what a browser sends once somebody has logged in."""
+        return {"Authorization": "Basic " + b64encode(login.encode()).decode()}
+
     def request(self, path: str, body: bytes | None = None, *, login: str = LOGIN) -> tuple[int, str]:
         """GET, or POST a body; returns the status and the text. No answer has the status 0."""
-        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data=body)
-        if login:
-            asked.add_header("Authorization", "Basic " + b64encode(login.encode()).decode())
+        headers = self.headers(login) if login else {}
+        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, headers)
         try:
             with urllib.request.urlopen(asked, timeout=20) as answer:
                 return answer.status, answer.read().decode()

@@ -105,7 +105,7 @@ ROUTES = [
 
 @contextlib.asynccontextmanager
 async def serving(settings: Settings, login: str, listen: str) -> AsyncIterator[None]:
-    """Serve Flower while the block runs.
+    """Serve Flower while the block runs; its threads end with the process.
 
     Args:
         settings: For the port, and whether Flower may change anything.
@@ -131,11 +131,7 @@ async def serving(settings: Settings, login: str, listen: str) -> AsyncIterator[
         # Not server.start and stop: they run and end an event loop of their own.
         server.events.start()
         server.update_workers()
-        try:
-            yield
-        finally:
-            server.events.stop()
-            server.executor.shutdown(wait=False, cancel_futures=True)
+        yield
 
 
 def _server(settings: Settings, login: str) -> Flower:
@@ -143,6 +139,7 @@ def _server(settings: Settings, login: str) -> Flower:
     logging.getLogger("tornado.access").setLevel(logging.ERROR)
     # Questions that no worker answers, because none is there.
     logging.getLogger("flower.inspector").setLevel(logging.ERROR)
+    logging.getLogger("kombu.mixins").addFilter(_without_traceback)
     options.basic_auth = [login]
     options.read_only = settings.flower_read_only
     options.purge_offline_workers = OFFLINE
@@ -158,3 +155,9 @@ def _server(settings: Settings, login: str) -> Flower:
     server.inspector = Inspector(loop, app, options.inspect_timeout / 1000)
     server.add_handlers(".*", ROUTES)  # in front of Flower's own
     return server
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """A Redis that is away is told in a line, at every try."""
+    record.exc_info = None
+    return True

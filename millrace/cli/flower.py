@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from typing import Annotated
 
@@ -53,3 +54,5 @@ async def _flower(settings: Settings, login: str, listen: str) -> None:
         may = "only shows" if settings.flower_read_only else "may end tasks and workers"
         say(f"Flower is at http://{listen}:{settings.flower_port} and {may}. Ctrl-C ends it.")
         await stopping.wait()
+    # A question to workers is repeated until Redis is back, in a thread that Python would wait for.
+    os._exit(0)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -128,12 +129,18 @@ def test_a_signal_ends_it_and_nothing_told_the_password(site: Watched, tmp_path:
 def test_it_outlives_redis(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         redis = stack.enter_context(contextlib.ExitStack())
-        shown, running = stack.enter_context(flower(tmp_path / "home", redis.enter_context(redis_server(tmp_path))))
+        url = redis.enter_context(redis_server(tmp_path))
+        shown, running = stack.enter_context(flower(tmp_path / "home", url, FLOWER_READ_ONLY="false"))
+        shown.get("/api/workers?refresh=1")  # the first questions are over
+        assert shown.request("/api/task/revoke/any", b"")[0] == 200
         redis.close()
-        assert shown.request("/api/queues/length")[0] == 503
-        assert shown.request("/broker")[0] == 200
-        running.send(signal.SIGTERM)
-        assert running.wait().code == 0
+        with contextlib.closing(HTTPConnection("127.0.0.1", shown.port)) as waiting:
+            # This is tried until Redis is back, in a thread; so nobody waits for the answer.
+            waiting.request("POST", "/api/task/revoke/any", headers=shown.headers())
+            assert shown.request("/api/queues/length")[0] == 503
+            assert shown.request("/broker")[0] == 200
+            running.send(signal.SIGTERM)
+            assert running.wait(20).code == 0
 
 
 # Who may look, and what may be done.
