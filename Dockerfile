@@ -23,7 +23,7 @@ RUN useradd --uid 1000 --user-group --no-create-home millrace \
 COPY --from=build /opt/millrace /opt/millrace
 # SIGTERM is a soft shutdown of a plain `celery worker` as well; `millrace worker` does it by itself.
 ENV PATH=/opt/millrace/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp DATA_DIR=/data REMAP_SIGTERM=SIGQUIT
-WORKDIR /data
+WORKDIR /opt/millrace
 USER 1000:1000
 STOPSIGNAL SIGTERM
 CMD ["millrace", "worker", "--listen", "0.0.0.0"]

@@ -29,10 +29,10 @@ _TAIL = 60  # lines of output that are kept to find a reason in
 #: What Compose and the daemon say of troubles that have a cure of their own: pattern, code, message, hint.
 _TROUBLES = (
     (
-        r"required variable (\w+) is missing a value: ([^\n]+)",
+        r"required variable (\w+) is missing a value",
         "missing_setting",
-        r"\1 \2.",
-        "`millrace config init` makes a .env with secrets of its own.",
+        r"\1 is not set, and the containers need it.",
+        "Set it in .env to a secret of your own; `millrace config init` makes a whole new .env.",
     ),
     (
         r"only-one-engine-in-COMPOSE_FILE",
@@ -78,11 +78,23 @@ _TROUBLES = (
         "Correct COMPOSE_FILE, and be in the repository's folder.",
     ),
     (
-        r"failed to resolve source metadata for ([^\s:]+[^\s]*?):|failed to do request: Head \"https?://([^\s\"]+)\"|"
+        r"failed to do request: Head \"https?://(\S+?)/v2/(\S+?)/manifests/([^\s\"]+)\"",
+        "image_missing",
+        r"The image \1/\2:\3 is not here and cannot be fetched.",
+        "Check its name and the network; `docker pull` says more.",
+    ),
+    (
+        r"(\S+) (?:Error|Warning) +(?:Get|Head) \"https?://[^/]+/|"
         r"pull access denied for ([^\s,]+)|manifest for (\S+) not found",
         "image_missing",
-        r"The image \1\2\3\4 is not here and cannot be fetched.",
-        "Check its name and the network; `docker pull` says more.",
+        r"The image of \1\2\3 is not here and cannot be fetched.",
+        "Check its name and the network; `docker compose pull` says more.",
+    ),
+    (
+        r"bind source path does not exist: (\S+)",
+        "folder_missing",
+        r"There is no folder \1, which a container needs.",
+        "Make it with mkdir -p, as the user that WORKER_USER names; or correct DATA_DIR.",
     ),
 )
 #: A paused container is there, and answers nobody.
@@ -117,72 +129,68 @@ class Compose:
         """Create and start what is not as the files say, without waiting for its health."""
         self._run("up", "--detach", "--remove-orphans", told=told)
 
-    def stop(self) -> None:
-        """Stop the engine's container."""
-        self._run("stop", SERVICE)
+    def stop(self, service: str) -> None:
+        """Stop a service's containers."""
+        self._run("stop", service)
 
-    def wait(self, looking: Callable[[float], None] = lambda seconds: None) -> None:
-        """Return once the engine's container is healthy; `looking` is told how long it has been, now and then.
+    def services(self) -> list[str]:
+        """Return the services of the files, the engine first."""
+        found = self._ask("compose", *self._files, "config", "--services").split()
+        return sorted(found, key=lambda name: name != SERVICE)
+
+    def wait(self, service: str, looking: Callable[[float], None] = lambda seconds: None) -> None:
+        """Return once a service's containers are healthy; `looking` is told how long it has been, now and then.
 
         Raises:
-            Unreachable: It has ended, or is unhealthy; the message has its last words (engine_failed).
+            Unreachable: One has ended, or is unhealthy; the message has its last words (engine_failed, or
+                container_failed).
         """
+        for container in self._ask("compose", *self._files, "ps", "--all", "--quiet", service).split():
+            self._wait(service, container, looking)
+
+    def _wait(self, service: str, container: str, looking: Callable[[float], None]) -> None:
         started = time.monotonic()
         restarts: int | None = None
         while True:
-            entry = self._inspect()
+            entry = dict(json.loads(self._ask("inspect", container))[0])
             state, count = entry["State"], int(entry["RestartCount"])
             restarts = count if restarts is None else restarts
             health = state.get("Health", {}).get("Status")
-            if (
-                state["Status"] in ("exited", "dead", "restarting", "paused")
-                or count > restarts
-                or health == "unhealthy"
-            ):
-                self._failed(state)
+            if state["Status"] in _ENDED or count > restarts or health == "unhealthy":
+                self._failed(service, state)
             if state["Status"] == "running" and health == "healthy":
                 return
             looking(time.monotonic() - started)
             time.sleep(LOOK)
 
-    def last_words(self) -> list[str]:
-        """Return the last lines of the engine's log that say something."""
-        text = self._ask(
-            "compose", *self._files, "logs", "--no-color", "--no-log-prefix", "--tail", str(_TAIL), SERVICE
-        )
-        lines = (_ESCAPE.sub("", line).strip() for line in hide_secrets(text, self._settings).splitlines())
-        return [line for line in lines if line and "/health" not in line]
+    def last_words(self, service: str) -> list[str]:
+        """Return the last lines of a service's log that say something, each once."""
+        options = ("--no-color", "--no-log-prefix", "--tail", str(_TAIL))
+        text = hide_secrets(self._ask("compose", *self._files, "logs", *options, service), self._settings)
+        lines = (_ESCAPE.sub("", line).strip() for line in text.splitlines())
+        return list(dict.fromkeys(line for line in lines if line and "/health" not in line))
 
-    def _failed(self, state: dict[str, Any]) -> NoReturn:
-        words = self.last_words()
-        killed = state.get("OOMKilled") or state.get("ExitCode") == 137
+    def _failed(self, service: str, state: dict[str, Any]) -> NoReturn:
+        what, code = ("The engine", "engine_failed") if service == SERVICE else (service, "container_failed")
+        words = self.last_words(service)
         for line in reversed(words):
             if line.startswith("millrace: "):  # our own script has looked, and knows
-                raise Unreachable(
-                    f"The engine did not start. {line.removeprefix('millrace: ')}",
-                    "Correct that, then try again.",
-                    code="engine_failed",
-                )
+                said = line.removeprefix("millrace: ")
+                raise Unreachable(f"{what} did not start. {said}", "Correct that, then try again.", code=code)
         _, mend = telling(words)
-        how = f"is {state['Status']}" if state["Status"] == "paused" else f"ended with {state.get('ExitCode', '?')}"
-        if state["Status"] == "running":
-            how = "is unhealthy"
-        if killed:
-            how += ", killed for want of memory"
+        if state["Status"] in ("running", "paused"):
+            how = "is unhealthy" if state["Status"] == "running" else "is paused"
+        else:
+            how = f"ended with {state.get('ExitCode', '?')}"
+        if state.get("OOMKilled"):
+            how += ", killed at its memory limit"
+            mend = "Use a smaller model, N_CTX or MAX_MODEL_LEN, or raise LLM_MEMORY."
         last = "\n  ".join(words[-LAST_WORDS:]) or "(its log is empty)"
         raise Unreachable(
-            f"The engine {how}; its last words:\n  {last}",
-            "Use a smaller model, N_CTX or MAX_MODEL_LEN, or raise LLM_MEMORY."
-            if killed
-            else mend or f"`docker compose logs {SERVICE}` has all of them.",
-            code="engine_failed",
+            f"{what} {how}; its last words:\n  {last}",
+            mend or f"`docker compose logs {service}` has all of them.",
+            code=code,
         )
-
-    def _inspect(self) -> dict[str, Any]:
-        found = self._ask("compose", *self._files, "ps", "--all", "--quiet", SERVICE).split()
-        if not found:
-            raise Unreachable(f"There is no container of {SERVICE}.", "`docker compose up -d` makes it.")
-        return dict(json.loads(self._ask("inspect", found[0]))[0])
 
     def _ask(self, *arguments: str) -> str:
         """Return what docker prints, without the warnings beside it."""
@@ -229,7 +237,9 @@ class Compose:
         for pattern, code, message, hint in _TROUBLES:
             if match := re.search(pattern, output):
                 kind = SettingsError if code in _WRONG else Unreachable
-                return kind(match.expand(re.sub(r"\\(\d)", r"\\g<\1>", message)), hint, code=code)
+                # As people write images of the default registry.
+                said = re.sub(r"registry-1\.docker\.io/(library/)?", "", match.expand(message))
+                return kind(said, hint, code=code)
         last = "\n  ".join(line for line in output.splitlines()[-LAST_WORDS:] if line.strip())
         return Unreachable(
             f"Docker Compose failed:\n  {last}", "`millrace doctor` may know why.", code="compose_failed"

@@ -451,22 +451,31 @@ def load() -> Loaded:
 
 
 def _check_dotenv(path: Path = Path(".env")) -> None:
-    """Refuse a `.env` of which python-dotenv would leave out lines.
+    """Refuse a `.env` of which python-dotenv would leave out lines, or Compose make another secret.
 
     Raises:
-        SettingsError: It cannot be read, or not all of it.
+        SettingsError: It cannot be read, or not all of it, or not by both alike.
     """
     from dotenv.parser import parse_stream
 
-    if not path.exists():
-        return
     try:
         with path.open(encoding="utf-8") as file:
-            wrong = [binding.original.line for binding in parse_stream(file) if binding.error]
+            bindings = list(parse_stream(file))
+    except FileNotFoundError:
+        return
     except (OSError, UnicodeError) as error:
         raise SettingsError(f".env cannot be read: {error}.", "Save it as a UTF-8 text, readable for you.") from error
-    if wrong:
+    if wrong := [binding.original.line for binding in bindings if binding.error]:
         raise SettingsError(f"Line {wrong[0]} of .env is no NAME=value.", "Correct it, or begin it with #.")
+    if not any(binding.key == "COMPOSE_FILE" and binding.value for binding in bindings):
+        return
+    for binding in bindings:
+        quoted = "='" in binding.original.string.replace(" ", "")
+        if (binding.key or "").lower() in secret_fields() and "$" in (binding.value or "") and not quoted:
+            raise SettingsError(
+                f"{binding.key} in .env has a $, which Docker Compose takes for a variable.",
+                "Put the value in single quotes.",
+            )
 
 
 def _origins() -> dict[str, str]:

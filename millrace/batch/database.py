@@ -114,7 +114,7 @@ class Database:
                 ) from error
             raise Unreachable(
                 f"The ledger {self.address} does not answer: {reason.splitlines()[0]}.",
-                "Check DATABASE_URL and DATA_DIR.",
+                "Check DATABASE_URL and DATA_DIR; in a container, WORKER_USER must be able to write DATA_DIR.",
                 code="ledger_unreachable",
             ) from error
         except DBAPIError as error:
@@ -157,7 +157,7 @@ def _make_folder(database: Path) -> None:
     except OSError as error:
         raise StorageError(
             f"The ledger's folder {database.parent} cannot be made: {error.strerror or error}.",
-            "Set DATA_DIR to a folder that is yours to write.",
+            "Set DATA_DIR to a folder that is yours to write; in a container, WORKER_USER to its owner.",
         ) from error
 
 

@@ -18,7 +18,7 @@ import typer
 from millrace.batch.ledger import Ledger
 from millrace.batch.lines import CHAT
 from millrace.cli.output import Json, console, print_json, say
-from millrace.compose import Compose
+from millrace.compose import SERVICE, Compose
 from millrace.engine.client import EngineClient
 from millrace.engine.probes import EngineState, probe, serves
 from millrace.engine.retry import RequestRefused
@@ -38,10 +38,10 @@ FIRST_TOKEN = 300.0  # seconds; a large model's first answer may compile somethi
 def start(as_json: Json = False) -> None:
     """Start the containers that COMPOSE_FILE names, and wait until the engine has answered."""
     settings = _settings()
-    if engine_override(settings.compose_file) is None:
-        raise _no_engine("llamacpp")
     compose = Compose(settings)
     compose.check()
+    if engine_override(settings.compose_file) is None:
+        raise _no_engine("llamacpp")
     with _alone():
         state = _start(compose, settings)
     _done(state, as_json=as_json)
@@ -124,7 +124,8 @@ def _change(before: Settings, new: Compose, chosen: str) -> EngineState:
         state = _start(new, settings)
         _check_models(settings, state.models)
     except BaseException as error:
-        say("That did not work: going back to the old engine.")
+        why = "Interrupted" if isinstance(error, KeyboardInterrupt) else "That did not work"
+        say(f"{why}: going back to the old engine.")
         _write(before.compose_file)
         back = "The old engine runs again."
         try:
@@ -168,13 +169,19 @@ def _start(compose: Compose, settings: Settings) -> EngineState:
     """Create what is not there, and return once the engine is healthy and has answered."""
     with _building("Starting the containers.") as told:
         compose.up(told)
-    with console.status("The engine loads its model.") as line:
-        try:
-            compose.wait(lambda seconds: line.update(f"The engine loads its model: {seconds:.0f} s."))
-        except Unreachable:
-            compose.stop()  # it would end and start again for ever
-            raise
+    for service in compose.services():
+        _await(compose, service)
     return asyncio.run(_first_token(settings))
+
+
+def _await(compose: Compose, service: str) -> None:
+    words = "The engine loads its model" if service == SERVICE else f"{service} starts"
+    with console.status(f"{words}.") as line:
+        try:
+            compose.wait(service, lambda seconds: line.update(f"{words}: {seconds:.0f} s."))
+        except Unreachable:
+            compose.stop(service)  # it would end and start again for ever
+            raise
 
 
 @contextlib.contextmanager
@@ -274,7 +281,7 @@ class _Waiting:
 
     def __call__(self, busy: list[dict[str, Any]]) -> None:
         tasks = sum(entry.get("engine_tasks") or 0 for entry in busy)
-        sentence = f"Waiting for {len(busy)} worker processes, {tasks} tasks in flight." if tasks else ""
+        sentence = f"Waiting for {tasks} {'task' if tasks == 1 else 'tasks'} in flight." if tasks else ""
         if sentence and sentence != self._said:
             say(sentence)
         self._said = sentence

@@ -247,6 +247,8 @@ def _print_status(settings: Settings, report: dict[str, Any]) -> None:
         words = f"{engine['kind']} {engine['url']}, serving {escape(', '.join(engine['models'])) or 'nothing'}"
         if engine.get("slots"):
             words += f"; {engine['slots']} slots of {engine['context']} tokens"
+    elif "error" in engine:
+        words = f"[red]{escape(engine['error']['message'])}[/]"
     else:
         words = f"[red]{settings.llm_server_url} does not answer[/]"
     table.add_row("[bold]engine[/]", words)

@@ -141,13 +141,39 @@ def test_a_folder_without_safetensors(queued: Callable[..., Project], vllm_image
 def test_a_password_that_compose_cannot_read_is_not_shown(project: Callable[..., Project]) -> None:
     one = project("llamacpp")
     (one.folder / ".env").write_text((one.folder / ".env").read_text() + "REDIS_PASSWORD=s3cr${t\n")
-    done = refused(one, "compose_failed")
+    done = refused(one, "invalid_setting", exit_code=2)
+    assert "REDIS_PASSWORD in .env has a $" in done.error["message"]
     assert "s3cr" not in done.out + done.err
+    assert one.cli.run("config", "check").code == 2
 
 
 def test_an_image_that_is_not_there(queued: Callable[..., Project]) -> None:
     one = queued("vllm", VLLM_IMAGE="registry.invalid/vllm:none")
-    assert "registry.invalid" in refused(one, "image_missing", seconds=60).error["message"]
+    message = refused(one, "image_missing", seconds=60).error["message"]
+    assert message.startswith("The image registry.invalid/vllm:none is not here")
+
+
+def test_another_services_image_that_is_not_there(queued: Callable[..., Project]) -> None:
+    one = queued("llamacpp")
+    one.set(REDIS_IMAGE="registry.invalid/redis:none")
+    message = refused(one, "image_missing", seconds=60).error["message"]
+    one.set(REDIS_IMAGE=None)
+    assert "redis" in message
+
+
+def test_a_data_dir_that_is_not_there(queued: Callable[..., Project]) -> None:
+    one = queued("llamacpp", "worker", DATA_DIR="nowhere")
+    done = refused(one, "folder_missing", seconds=120)
+    assert f"There is no folder {one.folder}/nowhere" in done.error["message"]
+    (one.folder / "nowhere").mkdir()
+
+
+def test_a_data_dir_that_workers_cannot_write(queued: Callable[..., Project]) -> None:
+    one = queued("llamacpp", "worker", WORKER_USER="4242:4242")
+    (one.folder / "millrace-data").mkdir(mode=0o700)
+    done = refused(one, "container_failed", seconds=120)
+    assert done.error["message"].startswith("worker ")
+    assert "WORKER_USER must be able to write DATA_DIR" in done.error["message"]
 
 
 def test_a_compose_file_that_is_not_there(queued: Callable[..., Project]) -> None:

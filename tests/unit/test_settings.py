@@ -353,6 +353,18 @@ def test_both_engines_in_compose_file_are_refused() -> None:  # K6
     assert "take one of them out" in refused().message
 
 
+@pytest.mark.parametrize("line", ["REDIS_PASSWORD=p$a#b", 'LLM_API_KEY="a$b"', "export HF_TOKEN = a$b"])
+def test_a_secret_that_compose_would_change_is_refused(line: str) -> None:
+    Path(".env").write_text(f"COMPOSE_FILE=docker-compose.yml\n{line}\n")
+    error = refused()
+    assert "single quotes" in error.hint
+    assert "a$b" not in error.message
+    Path(".env").write_text(f"{line}\n")  # nobody but us reads it
+    load()
+    Path(".env").write_text("COMPOSE_FILE=docker-compose.yml\nREDIS_PASSWORD='p$a#b'\n")
+    assert load().settings.redis_password is not None
+
+
 # K20: .env.sample
 
 

@@ -69,10 +69,12 @@ def _judge(container: Container, entry: dict[str, Any], lines: list[str], settin
         return wrong(CHECK, f"{service} cannot be started: {line}", mend or "Correct that, then: docker compose up -d")
     line, mend = telling([*lines, "Illegal instruction"] if code == ILLEGAL else lines)
     said = f": {line}" if line else ""
-    if state.get("OOMKilled") or (status != "running" and code == KILLED):
-        # The kernel's own killer, without a limit, leaves only the exit code.
-        limit = "its memory limit" if state.get("OOMKilled") else "SIGKILL, as the kernel does when memory is short"
-        return wrong(CHECK, f"{service} was ended by {limit} (exit code {code}){said}", _less_memory(service))
+    if state.get("OOMKilled"):
+        return wrong(CHECK, f"{service} was ended by its memory limit (exit code {code}){said}", _less_memory(service))
+    if status != "running" and code == KILLED:
+        # By hand; or by the kernel, which without a limit leaves no more than this.
+        mend = f"docker compose up -d {service}; if nobody killed it, `dmesg` says whether memory was short."
+        return wrong(CHECK, f"{service} was killed (exit code {code}){said}", mend)
     if status == "restarting" or (status == "running" and restarts and _unsteady(state)):
         what = f"{service} ends and is started again ({restarts} times; exit code {code}){said}"
         return wrong(CHECK, what, mend or (logs if not line else "Correct that, then: docker compose up -d"))

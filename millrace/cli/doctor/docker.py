@@ -190,6 +190,6 @@ def _files(settings: Settings, config: Answer) -> Finding | None:
         return None
     said = hide_secrets(config.last_line, settings)
     if needed := re.search(r"required variable (\w+) is missing a value: (.*)", said):
-        hint = needed[2].partition(" - ")[2] or "set it in .env"
+        hint = needed[2]
         return wrong("compose", f"{needed[1]} is not set, and the containers need it", hint[0].upper() + hint[1:] + ".")
     return wrong("compose", f"the compose files are not valid: {said}", "`docker compose config` shows where.")

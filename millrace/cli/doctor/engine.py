@@ -77,6 +77,9 @@ def _differs(settings: Settings, docker: Docker, state: EngineState) -> list[Fin
     names = {"llamacpp": "llama.cpp", "vllm": "vLLM"}
     if settings.llm_backend in names and state.kind in names and state.kind != settings.llm_backend:
         what = f"it is {names[state.kind]}, and LLM_BACKEND is {settings.llm_backend}"
+        if engine_in_container(settings):
+            what = f"it is {names[state.kind]}, and COMPOSE_FILE says {names[settings.llm_backend]}"
+            return [note(CHECK, what, "millrace backend start makes it so.")]
         return [note(CHECK, what, f"Set LLM_BACKEND={state.kind}, or see who has its port.")]
     if not docker.runs(SERVICE):  # a server of your own has settings of its own
         return []

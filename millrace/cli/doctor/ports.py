@@ -67,6 +67,9 @@ def _taken_by(wanted: _Wanted, docker: Docker) -> str:
     for listener in listeners(wanted.port):
         if listener.blocks(wanted.host):
             process = holder(listener)
+            # A container of ours that is being started again is not listed with its ports.
+            if wanted.service and docker.ours(wanted.service) and "docker-proxy" in process.command:
+                return "ours"
             return "ours" if process.millrace and not wanted.service else str(process)
     return ""
 
