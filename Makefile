@@ -24,7 +24,7 @@ up: $(READY) ## Run Redis, an engine and workers until Ctrl-C
 	$(BIN)/millrace up
 
 test: $(READY) ## Run the tests (under ten minutes on two cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-docker: $(READY) ## Run the tests that need Docker (compiles llama.cpp once)
 	$(BIN)/python -m pytest tests/docker

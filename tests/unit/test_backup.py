@@ -9,6 +9,7 @@ import json
 import random
 import stat
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,10 @@ def test_what_was_changed_is_refused(tmp_path: Path) -> None:
     for place in random.Random(0).sample(range(10, len(raw) - 8), 200):
         changed = bytearray(raw)
         changed[place] ^= 0x10
+        # A few bits of a compressed stream mean nothing, such as those that fill up its last byte.
+        with contextlib.suppress(OSError, EOFError, zlib.error):
+            if gzip.decompress(bytes(changed)) == plain:
+                continue
         refused(path, bytes(changed))
     with tarfile.open(fileobj=io.BytesIO(plain)) as tar:
         start = tar.getmember("one").offset_data
