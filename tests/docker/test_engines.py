@@ -202,7 +202,7 @@ def test_a_switch_that_fails_goes_back(project: Callable[..., Project], llamacpp
 def test_a_switch_that_is_ended_goes_back(
     project: Callable[..., Project], llamacpp_image: str, vllm_image: str, number: signal.Signals
 ) -> None:
-    one = project("llamacpp", VLLM_ARGS=CPU_VLLM)
+    one = project("llamacpp", VLLM_ARGS=CPU_VLLM, MAX_MODEL_LEN=1024)
     one.add_models()
     with (one.folder / ".env").open("a") as file:
         file.write("NOTE=a$b\n")  # Compose warns of it, and that is all
