@@ -6,6 +6,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,11 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("millrace")
 # Its notes on the code under test; by default they go to the current folder, which is every test's own.
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "millrace-hypothesis")
+
+# A shell starts what runs in its background with SIGINT ignored, nohup with SIGHUP; the commands under test
+# would inherit that, and not hear of a Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
