@@ -6,6 +6,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# Of `make faults`: how many schedules of kills, and how many kills in each.
+SEEDS  ?= 3
+KILLS  ?= 10
+
 .DEFAULT_GOAL := help
 
 help: ## Show this
@@ -24,7 +28,13 @@ up: $(READY) ## Run Redis, an engine and workers until Ctrl-C
 	$(BIN)/millrace up
 
 test: $(READY) ## Run the tests (under ten minutes on two cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+faults: $(READY) ## Kill, cut off and fill up everything, and judge the files (SEEDS=3 KILLS=10)
+	$(BIN)/python -m pytest -n 3 tests/faults --seeds $(SEEDS) --kills $(KILLS)
+
+faults-long: $(READY) ## The same with 20 seeds, and 100,000 rows under kills
+	$(BIN)/python -m pytest -n 3 tests/faults --seeds 20 --kills $(KILLS) --long
 
 test-docker: $(READY) ## Run the tests that need Docker (compiles llama.cpp once)
 	$(BIN)/python -m pytest tests/docker
@@ -45,4 +55,4 @@ lock: $(READY) ## Resolve the dependencies anew
 clean: ## Remove .venv and the caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup demo up test test-docker check bench lock clean
+.PHONY: help setup demo up test faults faults-long test-docker check bench lock clean

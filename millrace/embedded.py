@@ -30,6 +30,8 @@ from millrace.engine.llama_process import Launch
 from millrace.errors import InputError, MillraceError, StorageError, Unreachable
 from millrace.settings import stack_file
 
+#: Hosts at which an embedded server may stand in for one that does not answer.
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 REDIS_START = 30.0  # seconds; an append-only file may have to be read
 ENGINE_START = 300.0  # seconds to load a model, and more for its size
 ENGINE_START_PER_GIB = 20.0  # seconds

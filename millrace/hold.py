@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 KEY = "millrace:hold"
 TTL = 30  # seconds
-RENEW = 5.0  # seconds
-LOOK = 0.5  # seconds between looks at the workers
+RENEW = 2.0  # seconds
+LOOK = 0.2  # seconds between looks at the workers
 #: Seconds before nobody is at work because nobody has said so: longer than a worker's heartbeat, which a Redis
 #: that has lost its memory, or a worker that is just starting, has not given yet.
-SETTLE = 6.0
+SETTLE = 3.0
 
 #: Renews the hold, or takes it again where Redis has lost it; 0 where somebody else has it.
 _RENEW = """

@@ -115,6 +115,7 @@ DEPTH = Metric("millrace_queue_depth", "gauge", "Messages in Redis; batch's are 
 OLDEST = Metric(
     "millrace_queue_oldest_age_seconds", "gauge", "How long a queue's oldest message has waited; 0 = none.", ("queue",)
 )
+DEAD_LETTERS = Metric("millrace_dead_letters", "gauge", "Messages in the list of dead letters.")
 WORKERS = Metric("millrace_workers", "gauge", "Celery workers that serve a queue, on all machines.", ("queue",))
 TROUBLE = Metric("millrace_trouble", "gauge", "1 while rows wait, by why.", ("code",))
 REDIS_MEMORY = Metric("millrace_redis_memory_bytes", "gauge", "Memory Redis uses.")

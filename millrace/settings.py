@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -200,6 +201,8 @@ class Settings(BaseSettings):
     task_max_retries: int = Field(3, description="Further tries of an interactive request", ge=0, le=100)
     task_retry_delay: float = Field(1.0, description="Base of the exponential backoff, s", ge=0, le=3600)
     result_expires: int = Field(3600, description="Interactive results stay in Redis this long, s", ge=60, le=2_592_000)
+    dlq_max: int = Field(1000, description="Dead letters kept; the oldest go first", ge=1, le=100_000)
+    dlq_days: int = Field(14, description="A dead letter, prompt included, is kept this long, days", ge=1, le=3650)
 
     # Workers.
     worker_concurrency: int = Field(4, description="Interactive requests one worker runs at once", ge=1, le=256)
@@ -227,16 +230,32 @@ class Settings(BaseSettings):
     )
     batch_sync_seconds: float = Field(0.2, description="Answers are synced to disk this often, s", ge=0.01, le=60)
     batch_max_line_bytes: int = Field(16 * 2**20, description="Longest input line, bytes", ge=1024, le=2**30)
+    batch_canary_rows: int = Field(
+        100, description="First rows of a batch that are watched for failing all alike", ge=1, le=100_000
+    )
+    batch_canary_share: float = Field(
+        0.9, description="A batch is paused when so many of them fail the same way; 0 = never", ge=0, le=1
+    )
+    batch_keep_days: int = Field(
+        0, description="Ended batches are removed with their files after this, days; 0 = never", ge=0, le=36_500
+    )
+    crash_at: str = Field(
+        "",
+        description="For tests: the crash point that ends the process, such as merge.synced",
+        pattern=r"^[a-z._]*(:[0-9]+)?$",
+    )
 
     # Models.
     models_dir: Path = Field(Path("models"), description="Folder of gguf/ and hf/")
     hf_endpoint: HttpUrl = Field("https://huggingface.co", description="Hugging Face Hub or a mirror")
     hf_token: SecretStr | None = Field(None, description="Hub token, for gated models")
-    demo_model_repo: str = Field("Qwen/Qwen2.5-0.5B-Instruct-GGUF", description="The demo model's repository")
-    demo_model_file: str = Field("qwen2.5-0.5b-instruct-q4_k_m.gguf", description="The demo model's file")
-    demo_model_revision: str = Field("main", description="The demo model's revision")
+    demo_model_repo: str = Field(
+        "Qwen/Qwen2.5-0.5B-Instruct-GGUF", description="Hub model of a first run and of demo --model hub: repository"
+    )
+    demo_model_file: str = Field("qwen2.5-0.5b-instruct-q4_k_m.gguf", description="Hub model of a first run: file")
+    demo_model_revision: str = Field("main", description="Hub model of a first run: revision")
     demo_model_sha256: str = Field(
-        "", description="The demo model's sha256; empty = what the Hub says", pattern=r"^([0-9a-f]{64})?$"
+        "", description="Hub model of a first run: sha256; empty = what the Hub says", pattern=r"^([0-9a-f]{64})?$"
     )
 
     @model_validator(mode="after")
@@ -389,6 +408,29 @@ class _SecretFileSource(PydanticBaseSettingsSource):
                         "Correct the path or make the file readable.",
                     ) from error
         return found
+
+
+class _Only(Settings):
+    """Settings of the values given and of nothing else on this machine."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+def only(values: Mapping[str, Any]) -> Settings:
+    """Return settings of these values, by field name, whatever this machine's environment and `.env` say."""
+    return _Only(**values)
+
+
+def environment(**values: Any) -> dict[str, str]:
+    """Return the environment for a process of ours with these settings and no others, by field name."""
+    names = {name.upper() for name in Settings.model_fields}
+    names |= {f"{name.upper()}_FILE" for name in secret_fields()}
+    kept = {name: value for name, value in os.environ.items() if name.upper() not in names}
+    return kept | {name.upper(): str(value) for name, value in values.items()}
 
 
 def secret_fields() -> list[str]:

@@ -16,18 +16,18 @@ from functools import cache
 from typing import Any
 
 from billiard.exceptions import SoftTimeLimitExceeded
-from celery import Task
 from celery.exceptions import Reject
 
 from millrace import metrics
 from millrace.batch.lines import CHAT, COMPLETIONS, EMBEDDINGS
 from millrace.batch.schema import Priority
-from millrace.engine.interactive import Caller
+from millrace.engine.interactive import Caller, Left
 from millrace.engine.retry import EngineTimeout
 from millrace.errors import MillraceError
 from millrace.settings import get_settings
-from worker.app import BROKER_PRIORITY, app
+from worker.app import BROKER_PRIORITY, Task, app
 from worker.holding import held
+from worker.lifecycle import draining
 
 
 class InferenceTask(Task):
@@ -35,6 +35,7 @@ class InferenceTask(Task):
 
     abstract = True
     Request = "worker.request:PrivateRequest"
+    dead_letters = True
     #: Characters of the answer in events.
     resultrepr_maxsize = 3
 
@@ -71,6 +72,7 @@ _OPTIONS: dict[str, Any] = {
     "base": InferenceTask,
     "ignore_result": False,
     "max_retries": 3,  # of task_retry_on_worker_lost; requests have TASK_MAX_RETRIES
+    "default_retry_delay": 0,  # then: to the end of its queue; Celery's own would be three minutes
     "throws": (MillraceError,),  # an answer to the caller, not a fault of the worker: no traceback in its log
 }
 
@@ -104,7 +106,9 @@ def embed(input: str | list[Any], model: str | None = None, **params: Any) -> di
 
 @cache
 def _caller(pid: int) -> Caller:  # a forked child must not share its parent's connections
-    return Caller(get_settings())
+    settings = get_settings()
+    # Not all of the limit: who waited in vain is to hear what the engine said, and not that time was up.
+    return Caller(settings, patience=0.9 * settings.task_soft_time_limit, leave=draining)
 
 
 def _call(path: str, payload: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def _call(path: str, payload: dict[str, Any]) -> dict[str, Any]:
     caller = _caller(os.getpid())
     started = time.monotonic()
     usage: dict[str, Any] = {}
-    error = "exception"  # one that is none of ours
+    error: str | None = "exception"  # one that is none of ours
     try:
         answer = _ask(caller, path, payload)
         usage, error = answer.get("usage") or {}, ""
@@ -124,14 +128,18 @@ def _call(path: str, payload: dict[str, Any]) -> dict[str, Any]:
     except MillraceError as failure:
         error = failure.code
         raise
+    except Left:
+        error = None
+        raise Reject("the worker ends while the engine is away", requeue=True) from None  # another one may wait
     finally:
-        metrics.interactive_answer(
-            caller.model_of(payload) or "unknown",
-            time.monotonic() - started,
-            usage.get("prompt_tokens") or 0,
-            usage.get("completion_tokens") or 0,
-            error,
-        )
+        if error is not None:
+            metrics.interactive_answer(
+                caller.model_of(payload) or "unknown",
+                time.monotonic() - started,
+                usage.get("prompt_tokens") or 0,
+                usage.get("completion_tokens") or 0,
+                error,
+            )
 
 
 def _ask(caller: Caller, path: str, payload: dict[str, Any]) -> dict[str, Any]:

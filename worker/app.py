@@ -13,13 +13,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import celery
 from celery import Celery, signals
 from click import Option
 from kombu.entity import Exchange, Queue
 
 from millrace.batch.schema import Priority
+from millrace.dead_letters import SENT_AT
 from millrace.settings import get_settings
-from worker.supervisor import SOFT_SHUTDOWN
 
 #: In the order in which a worker that has them all serves them.
 QUEUES = (
@@ -39,10 +40,17 @@ BROKER_PRIORITY = {
     Priority.IDLE: 9,
 }
 
-#: The header with the time at which a message was sent, seconds since 1970: Redis does not know it.
-SENT_AT = "sent_at"
 
-app = Celery("millrace", include=["tasks.inference", "tasks.batch", "tasks.models", "tasks.maintenance"])
+class Task(celery.Task):
+    """A task of the application; its message is kept when its arguments do not fit (worker.request)."""
+
+    abstract = True
+    Request = "worker.request:Request"
+    #: Whether its message is kept however it fails for good.
+    dead_letters = False
+
+
+app = Celery("millrace", task_cls=Task, include=["tasks.inference", "tasks.batch", "tasks.models", "tasks.maintenance"])
 
 
 def _configuration() -> dict[str, Any]:
@@ -69,8 +77,10 @@ def _configuration() -> dict[str, Any]:
         "task_acks_late": True,
         # True would put a task that kills its process back for ever.
         "task_reject_on_worker_lost": False,
-        # Instead: again, up to the task's max_retries.
+        # Instead: again, up to the task's max_retries; then it is a dead letter (worker.request).
         "task_retry_on_worker_lost": True,
+        # Someone waits, and what a dead process has sent is read by then; Celery would wait 10 s for more.
+        "worker_lost_wait": 2.0,
         # More would hold a high task behind low ones that a busy process has already taken.
         "worker_prefetch_multiplier": settings.worker_prefetch_multiplier,
         "worker_concurrency": settings.worker_concurrency,
@@ -83,9 +93,6 @@ def _configuration() -> dict[str, Any]:
         "broker_channel_error_retry": True,
         # A producer hears of an exhausted pool instead of waiting for ever.
         "broker_pool_acquire_timeout": 10,
-        # Rows in flight get this long after SIGQUIT (or SIGTERM with REMAP_SIGTERM=SIGQUIT).
-        "worker_soft_shutdown_timeout": SOFT_SHUTDOWN,
-        "worker_enable_soft_shutdown_on_idle": True,
         # Against slow leaks; a process is replaced between two tasks.
         "worker_max_tasks_per_child": 200,
         # ETA tasks are held in memory without limit otherwise.
@@ -138,11 +145,13 @@ def _configuration() -> dict[str, Any]:
 
 @signals.before_task_publish.connect
 def _stamp(headers: dict[str, Any], **_: Any) -> None:
-    headers[SENT_AT] = time.time()
+    headers[SENT_AT] = time.time()  # Redis does not know it
 
 
 app.add_defaults(_configuration)
 app.steps["consumer"].add("worker.lifecycle:Presence")
 app.steps["worker"].add("worker.lifecycle:Metrics")
+app.steps["worker"].add("worker.prompt_end:PromptEnd")
+app.steps["worker"].add("worker.ending:Ending")
 # From the supervisor, which serves the metrics of all its processes.
 app.user_options["worker"].add(Option(("--metrics-fd",), type=int, hidden=True))

@@ -25,15 +25,16 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
-from millrace import __version__, metrics, presence
+from millrace import __version__, dead_letters, metrics, presence
 from millrace.batch.ledger import Ledger
 from millrace.batch.schema import Priority, ShardState, Status
+from millrace.dead_letters import SENT_AT
 from millrace.engine.client import EngineClient
 from millrace.engine.probes import probe
 from millrace.engine.retry import EngineError, EngineTimeout, EngineUnreachable, KeyRefused
 from millrace.errors import MillraceError
 from millrace.settings import Settings, get_settings
-from worker.app import BROKER_PRIORITY, QUEUES, SENT_AT
+from worker.app import BROKER_PRIORITY, QUEUES
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class Exporter:
                 pipe.lindex(keys[place], -1)  # kombu puts at the left and takes from the right
             pipe.info("memory")
             *answers, memory = pipe.execute()
+            letters = dead_letters.count(client, self._settings)
         values = {
             metrics.DEPTH.series(*place): float(depth) for place, depth in zip(keys, answers[: len(keys)], strict=True)
         }
@@ -109,6 +111,7 @@ class Exporter:
         for (queue, priority), message in zip(aged, answers[len(keys) :], strict=True):
             ages[queue] = max(ages[queue], self._age(f"{queue} {priority}", message))
         values |= {metrics.OLDEST.series(queue): age for queue, age in ages.items()}
+        values[metrics.DEAD_LETTERS.series()] = float(letters)
         values[metrics.REDIS_MEMORY.series()] = float(memory["used_memory"])
         values[metrics.REDIS_LIMIT.series()] = float(memory.get("maxmemory", 0))
         values |= {metrics.WORKERS.series(queue): 0.0 for queue in QUEUES}

@@ -28,8 +28,11 @@ from worker import holding
 
 log = logging.getLogger(__name__)
 
-BEAT = 5.0  # seconds
-REAP = 15.0  # seconds between reaper tasks, over all workers together
+BEAT = 2.0  # seconds; a hold is seen as late as that
+REAP = 15.0  # seconds between reaper tasks, over all workers together; less where leases are shorter
+#: Seconds that a reaper task may wait. With fewer, a worker whose way to Redis is slow, or whose clock differs from
+#: the sender's, throws every one of them away.
+REAP_WAIT = 300.0
 REAP_KEY = "millrace:reap"
 
 # A process of the pool that ends waits until its parent has read its last result. A parent that is shutting
@@ -46,9 +49,14 @@ def draining() -> bool:
     return _draining[0] != 0
 
 
-@signals.worker_shutting_down.connect
-def _drain(**_: Any) -> None:
+def drain() -> None:
+    """Ask runners to come to an end; for good."""
     _draining[0] = 1
+
+
+@signals.worker_shutting_down.connect
+def _drain(**_: Any) -> None:  # by remote control, too
+    drain()
 
 
 class Presence(bootsteps.StartStopStep):
@@ -112,8 +120,11 @@ class Presence(bootsteps.StartStopStep):
                 },
             )
             # The first worker whose SET succeeds is the leader for this round.
-            if "maintenance" in queues and self._client.set(REAP_KEY, parent.hostname, nx=True, ex=int(REAP) - 1):
-                parent.app.send_task("maintenance.reap", expires=REAP, retry=False)
+            every = min(REAP, get_settings().batch_lease_seconds)
+            if "maintenance" in queues and self._client.set(
+                REAP_KEY, parent.hostname, nx=True, ex=max(1, int(every) - 1)
+            ):
+                parent.app.send_task("maintenance.reap", expires=REAP_WAIT, retry=False)
         except Exception as error:  # noqa: BLE001  # a beat missed for whatever reason must not end the worker
             log.warning("No heartbeat this time: %s", error)
 

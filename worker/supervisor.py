@@ -19,18 +19,42 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from millrace.metrics import Table
 from millrace.settings import Settings
 
 log = logging.getLogger(__name__)
 
-#: Seconds that tasks get after SIGQUIT; worker.app gives it to Celery.
+#: Seconds that tasks get after SIGQUIT; see worker.ending.
 SOFT_SHUTDOWN = 30.0
 GRACE = 45.0  # seconds from SIGTERM to SIGQUIT: a runner drains in about ten
 KILL = SOFT_SHUTDOWN + 10.0  # seconds from SIGQUIT to SIGKILL: a soft shutdown puts messages back
+NOW = signal.SIGUSR2  # to a Celery process: end at once; see worker.ending
+LAST_WORDS = 3.0  # seconds from NOW to SIGKILL: it gives its messages back
 STEADY = 30.0  # seconds after which a process counts as started well
 LONGEST_PAUSE = 30.0  # seconds between restarts of a process that does not start
+
+
+class Heard:
+    """Tells a first signal to end from a second one, which means now.
+
+    What comes within ECHO of the first one is the same one: an init system may repeat itself, and a Ctrl-C
+    may come from the terminal and from a wrapper.
+    """
+
+    ECHO = 1.0  # seconds
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def hear(self) -> Literal["first", "echo", "second"]:
+        """Return what the signal is that has just come."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            return "first"
+        return "echo" if now - self._first < self.ECHO else "second"
 
 
 @dataclass
@@ -103,8 +127,14 @@ class Supervisor:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
 
+    def end_now(self) -> None:
+        """End every process now; leases run out, and messages are delivered again."""
+        self._stopping = True
+        if self._signal(NOW):
+            asyncio.get_running_loop().call_later(LAST_WORDS, self.kill)
+
     def kill(self) -> None:
-        """End every process now; leases run out and messages are delivered again."""
+        """Kill every process."""
         self._stopping = True
         self._signal(signal.SIGKILL)
 

@@ -18,7 +18,7 @@ from millrace.errors import MillraceError, StorageError, Unreachable
 from millrace.settings import Settings, hide_password
 
 #: The schema this code knows: the newest file in migrations/versions.
-REVISION = "0001"
+REVISION = "0002"
 _MIGRATION_LOCK = 0x6D696C6C  # PostgreSQL's advisory lock of those who migrate; any number that is ours
 LOCK_WAIT = 15.0  # seconds a writer waits for another one before the ledger counts as locked
 

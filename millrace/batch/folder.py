@@ -4,7 +4,9 @@ DATA_DIR/batches/<batch id>/
   input.jsonl                        the rows as they will be sent, in the user's order
   plan                               which rows belong to which shard (millrace.batch.planner)
   segments/<shard>.<epoch>.jsonl     answers, appended by one runner each
+  segments/<shard>.<epoch>.flight    which rows that runner has in flight (millrace.batch.suspects)
   output.jsonl, errors.jsonl         written by the merge
+DATA_DIR/unrecorded/<batch id>       a note, while the ledger may not know that folder (millrace.batch.prune)
 """
 
 from __future__ import annotations
@@ -29,6 +31,28 @@ class BatchFolder:
     def of(cls, data_dir: Path, batch_id: str) -> BatchFolder:
         """Return the folder of `batch_id`; it need not exist."""
         return cls(data_dir / "batches" / batch_id)
+
+    @classmethod
+    def there(cls, data_dir: Path, batch_id: str, *, whole: bool = False) -> BatchFolder:
+        """Return the folder of `batch_id`; with `whole`, one that has what its rows need to be run.
+
+        Raises:
+            StorageError: It is not there, or its input or plan is not (batch_files_missing).
+        """
+        folder = cls.of(data_dir, batch_id)
+        for path in (folder.root, folder.input, folder.plan) if whole else (folder.root,):
+            if not path.exists():
+                raise StorageError(
+                    f"The files of {batch_id} are not in DATA_DIR, or not all of them: there is no {path}.",
+                    "Set DATA_DIR to the folder that has them, or restore them from a backup.",
+                    code="batch_files_missing",
+                )
+        return folder
+
+    @property
+    def note(self) -> Path:
+        """The note that stands while the ledger may not know this folder."""
+        return self.root.parent.parent / "unrecorded" / self.root.name
 
     @property
     def input(self) -> Path:
@@ -58,6 +82,10 @@ class BatchFolder:
     def segment(self, shard: int, epoch: int) -> Path:
         """Return the segment that the runner of `epoch` writes for shard number `shard`."""
         return self.segments / f"{shard:06d}.{epoch}.jsonl"
+
+    def flight(self, shard: int, epoch: int) -> Path:
+        """Return the flight journal of the runner of `epoch` for shard number `shard`."""
+        return self.segments / f"{shard:06d}.{epoch}.flight"
 
     def newest_epochs(self) -> dict[int, int]:
         """Return the newest epoch that has a segment, by shard number; empty where no file is."""

@@ -3,7 +3,7 @@
     claim(owner)     ready, or leased and run out ──> leased, epoch + 1
     renew(lease)     ──> ok | lost | cancel | drain, and the rows done so far
     seal(lease)      fixes how much of an older segment counts
-    finish(lease)    leased ──> done; the last one of a batch sets it finalizing
+    finish(lease)    leased ──> done; the last one of a batch sets it finalizing, paused or not
     release(lease)   leased ──> ready, without an attempt counted
     free_expired()   what the reaper does: leased and run out ──> ready
 
@@ -16,12 +16,16 @@ shard was claimed by another one changes nothing, however late it wakes up.
 
 never from the moment the answer came. Past it, it stops writing by itself, before the ledger's clock
 lets anyone else claim the shard.
+
+**A clock that was set back** would hold shards for as long as it was set back. So a lease that ends later
+than two of its own lengths from now counts as run out. Its runner, if it lives, finds that out at its next
+renewal like any other that was replaced; what it wrote meanwhile lies beyond the seal.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -29,7 +33,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from millrace.batch.ledger import Ledger
+from millrace.batch.life import RUNNING
 from millrace.batch.schema import ShardState, Status, batches, clock, shards
+from millrace.crashpoints import crashpoint
 
 MARGIN = 1.0  # seconds; covers the difference in speed of two clocks within one lease
 CLAIM_TRIES = 5  # another runner may take the chosen shard first, on PostgreSQL
@@ -41,7 +47,7 @@ class Renewal(StrEnum):
     OK = "ok"
     #: Someone else has the shard: stop, write nothing.
     LOST = "lost"
-    #: The batch is being cancelled: stop, seal, `end_cancelled`.
+    #: The batch is being cancelled, has expired or has ended: stop, seal, `end_cancelled`.
     CANCEL = "cancel"
     #: The batch is paused: stop, seal, `release`.
     DRAIN = "drain"
@@ -120,18 +126,21 @@ class Leases:
         self.owner = owner
         self.ttl = ttl
 
-    def claim(self, loaded_model: str = "") -> Lease | None:
+    def claim(self, loaded_model: str = "", served: Collection[str] = ()) -> Lease | None:
         """Take the shard that should run next, or None where there is nothing to do.
+
+        Shards of a model that is not among the `served` stay where they are; none given means any.
 
         The order: priority class, then deadline, then the batch with the fewest shards running (so
         that batches of one class share the engine), then the older batch; within the batch the model
         that is already loaded, then the user's order.
         """
-        claimable = sa.or_(shards.c.state == ShardState.READY, _run_out())
+        wanted = shards.c.model.in_(served) if served else sa.true()
+        claimable = sa.or_(shards.c.state == ShardState.READY, _run_out()) & wanted
         running = (
             sa.select(sa.func.count())
             .where(shards.c.batch_id == batches.c.id, shards.c.state == ShardState.LEASED)
-            .where(shards.c.lease_until >= clock())
+            .where(~_run_out())
             .scalar_subquery()
         )
         next_batch = (
@@ -152,7 +161,7 @@ class Leases:
                 batch_id = connection.scalar(next_batch)
                 if batch_id is None:
                     return None
-                row = self._next_shard(connection, batch_id, loaded_model)
+                row = self._next_shard(connection, batch_id, loaded_model, wanted)
                 if row is None:
                     continue
                 taken = connection.execute(
@@ -163,10 +172,11 @@ class Leases:
                         epoch=row.epoch + 1,
                         attempts=shards.c.attempts + 1,
                         owner=self.owner,
-                        lease_until=clock() + self.ttl,
+                        **self._term(),
                     )
                 )
             if taken.rowcount:
+                crashpoint("lease.claimed")
                 return Lease(
                     shard_id=row.id,
                     batch_id=row.batch_id,
@@ -180,13 +190,15 @@ class Leases:
                 )
         return None
 
-    def _next_shard(self, connection: sa.Connection, batch_id: str, loaded_model: str) -> sa.Row[Any] | None:
+    def _next_shard(
+        self, connection: sa.Connection, batch_id: str, loaded_model: str, wanted: sa.ColumnElement[bool]
+    ) -> sa.Row[Any] | None:
         """Return the batch's next shard; three look-ups in an index, where one query would sort them all."""
         ready = shards.c.state == ShardState.READY
         for condition in (ready & (shards.c.model == loaded_model), ready, _run_out()):
             row = connection.execute(
                 sa.select(shards)
-                .where(shards.c.batch_id == batch_id, condition)
+                .where(shards.c.batch_id == batch_id, condition, wanted)
                 .order_by(shards.c.number)
                 .limit(1)
                 # PostgreSQL: those who claim at once each see another shard.
@@ -200,19 +212,21 @@ class Leases:
         """Extend a lease by the ttl from now, and record the rows done so far."""
         asked = time.monotonic()
         with self.ledger.write() as connection:
-            held = self._update(connection, lease, lease_until=clock() + self.ttl, **_columns(counts))
+            held = self._update(connection, lease, **self._term(), **_columns(counts))
             status = connection.scalar(sa.select(batches.c.status).where(batches.c.id == lease.batch_id))
         if not held:
             lease.trusted_until = 0.0
             return Renewal.LOST
         lease.trusted_until = asked + self.ttl - MARGIN
+        crashpoint("lease.renewed")
         match status:
-            case Status.CANCELLING | Status.CANCELLED:
-                return Renewal.CANCEL
+            case Status.IN_PROGRESS:
+                return Renewal.OK
             case Status.PAUSED:
                 return Renewal.DRAIN
             case _:
-                return Renewal.OK
+                # Nobody waits for its rows any more, whatever the reason.
+                return Renewal.CANCEL
 
     def seal(self, lease: Lease, sealed: Sequence[Sealed], counts: Counts) -> bool:
         """Record which part of each segment counts; False if the lease is lost."""
@@ -234,13 +248,19 @@ class Leases:
             held = self._end(connection, lease, ShardState.DONE, sealed, counts, seconds)
             if not held:
                 return Finish.LOST
-            last = connection.execute(_finalize().where(batches.c.id == lease.batch_id)).rowcount
+            last = finalize_done(connection, lease.batch_id)
         return Finish.BATCH if last else Finish.SHARD
 
     def end_cancelled(self, lease: Lease, sealed: Sequence[Sealed], counts: Counts, seconds: float) -> bool:
-        """End a shard of a batch that is being cancelled; its answered rows count."""
+        """End a shard of a batch that is being cancelled or has expired; its answered rows count.
+
+        Of a batch that was resumed meanwhile, it goes back to ready.
+        """
         with self.ledger.write() as connection:
-            return self._end(connection, lease, ShardState.CANCELLED, sealed, counts, seconds)
+            chosen = sa.select(batches.c.status).where(batches.c.id == lease.batch_id).with_for_update()
+            runs = connection.scalar(chosen) in (Status.IN_PROGRESS, Status.PAUSED)
+            state = ShardState.READY if runs else ShardState.CANCELLED
+            return self._end(connection, lease, state, sealed, counts, seconds)
 
     def hand_back(self, lease: Lease) -> None:
         """Give back a shard that this process cannot run, as it was claimed; the attempt is counted."""
@@ -267,10 +287,13 @@ class Leases:
         with self.ledger.read() as connection:
             count = connection.scalar(
                 sa.select(sa.func.count(sa.distinct(shards.c.owner))).where(
-                    shards.c.state == ShardState.LEASED, shards.c.lease_until >= clock()
+                    shards.c.state == ShardState.LEASED, ~_run_out()
                 )
             )
         return int(count or 0)
+
+    def _term(self) -> dict[str, Any]:
+        return {"lease_until": clock() + self.ttl, "lease_seconds": self.ttl}
 
     def _end(
         self,
@@ -304,12 +327,14 @@ class Leases:
 def free_expired(ledger: Ledger) -> int:
     """Free the shards whose leases ran out, and finalize what was left behind; return how many.
 
-    A shard of a batch that is being cancelled ends as cancelled. This is the reaper's part in the
+    A shard of a batch that is being cancelled or has expired ends as cancelled. This is the reaper's part in the
     ledger; it may run any number of times, in any number of processes.
     """
     gone = _run_out()
     ready = shards.c.state == ShardState.READY
-    cancelling = shards.c.batch_id.in_(sa.select(batches.c.id).where(batches.c.status == Status.CANCELLING))
+    # Finalizing with a shard that has not ended: it has expired.
+    stopped = batches.c.status.in_([Status.CANCELLING, Status.FINALIZING])
+    cancelling = shards.c.batch_id.in_(sa.select(batches.c.id).where(stopped))
     with ledger.read() as connection:
         # Almost always there is nothing to do, and then nobody waits for a writer's lock.
         anything = connection.scalar(
@@ -342,24 +367,42 @@ def waiting_shards(ledger: Ledger, most: int = 1) -> int:
         return int(connection.scalar(sa.select(sa.func.count()).select_from(waiting)) or 0)
 
 
+def waiting_models(ledger: Ledger) -> list[str]:
+    """Return the models of the shards that could be claimed now."""
+    waiting = (
+        sa.select(shards.c.model)
+        .join(batches, batches.c.id == shards.c.batch_id)
+        .where(batches.c.status == Status.IN_PROGRESS)
+        .where(sa.or_(shards.c.state == ShardState.READY, _run_out()))
+        .distinct()
+    )
+    with ledger.read() as connection:
+        return list(connection.scalars(waiting))
+
+
 def _run_out() -> sa.ColumnElement[bool]:
-    return sa.and_(shards.c.state == ShardState.LEASED, shards.c.lease_until < clock())
+    # A lease of an older Millrace does not say how long it is; none is longer than an hour.
+    length = sa.func.coalesce(shards.c.lease_seconds, 3600.0)
+    ahead = shards.c.lease_until > clock() + 2 * length  # the clock was set back
+    return sa.and_(shards.c.state == ShardState.LEASED, sa.or_(shards.c.lease_until < clock(), ahead))
+
+
+def finalize_done(connection: sa.Connection, batch_id: str) -> bool:
+    """Set a batch `finalizing` if all its shards are done; say whether it was so."""
+    return bool(connection.execute(_finalize().where(batches.c.id == batch_id)).rowcount)
 
 
 def _all_done() -> sa.ColumnElement[bool]:
-    return ~sa.exists().where(shards.c.batch_id == batches.c.id, shards.c.state != ShardState.DONE)
+    ended = ~sa.exists().where(shards.c.batch_id == batches.c.id, shards.c.state != ShardState.DONE)
+    return sa.and_(batches.c.status.in_(RUNNING), ended)
 
 
 def _finalize() -> sa.Update:
-    return (
-        batches.update()
-        .where(batches.c.status == Status.IN_PROGRESS, _all_done())
-        .values(status=Status.FINALIZING, finalizing_at=clock())
-    )
+    return batches.update().where(_all_done()).values(status=Status.FINALIZING, finalizing_at=clock(), reason="")
 
 
 def _finalizable() -> sa.Select[Any]:
-    return sa.select(sa.func.count()).select_from(batches).where(batches.c.status == Status.IN_PROGRESS, _all_done())
+    return sa.select(sa.func.count()).select_from(batches).where(_all_done())
 
 
 def _json(sealed: Sequence[Sealed]) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
 """The ledger: what is to be done, what is being done and what is done, in SQLite or PostgreSQL.
 
-This module keeps files and batches; the life of a shard is in `millrace.batch.lease`.
+This module keeps files and batches; what happens to a batch is in `millrace.batch.life`, to a shard in
+`millrace.batch.lease`.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +14,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from millrace.batch.database import Database
+from millrace.batch.life import FileRecord, Life, no_such_batch
 from millrace.batch.schema import Priority, ShardState, Status, batches, clock, files, shards
 from millrace.batch.view import batch_object
-from millrace.errors import NotFound
+from millrace.errors import InputError, NotFound
+
+MAX_WINDOW = 366 * 86400.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -29,16 +33,28 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
-class FileRecord:
-    """A file the ledger knows. `path` is relative to DATA_DIR, `sha256` in hex."""
+class Window:
+    """How long a batch may take: as the user wrote it, and in seconds."""
 
-    id: str
-    purpose: str
-    filename: str
-    path: str
-    bytes: int
-    sha256: str
-    rows: int
+    text: str
+    seconds: float
+
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """Return the window written as a number and s, m, h or d, such as 30m.
+
+        Raises:
+            InputError: It is not written so, or is longer than a year.
+        """
+        found = re.fullmatch(r"(\d{1,9})([smhd])", text, re.ASCII)
+        seconds = int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else 0
+        if not 0 < seconds <= MAX_WINDOW:
+            raise InputError(
+                f"{text!r} is no completion window.",
+                "Write a number and its unit, such as 30m, 24h or 7d; at most 366d.",
+                code="invalid_window",
+            )
+        return cls(text, seconds)
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,7 @@ def new_id(kind: str) -> str:
     return f"{kind}_{secrets.token_hex(12)}"
 
 
-class Ledger(Database):
+class Ledger(Life):
     """An open ledger. Each method is one transaction."""
 
     def create_batch(
@@ -72,11 +88,16 @@ class Ledger(Database):
         priority: Priority,
         name: str = "",
         metadata: dict[str, str] | None = None,
-        completion_window: str = "24h",
+        window: Window | None = None,
+        idempotency_key: str | None = None,
     ) -> None:
-        """Record a planned batch: its input file, itself and its shards, in one transaction."""
+        """Record a planned batch: its input file, itself and its shards, in one transaction.
+
+        Raises:
+            sqlalchemy.exc.IntegrityError: Another batch has the idempotency key.
+        """
         with self.write() as connection:
-            now = connection.scalar(sa.select(clock()))
+            now = connection.execute(sa.select(clock())).scalar_one()
             connection.execute(files.insert().values(created_at=now, **vars(input_file)))
             connection.execute(
                 batches.insert().values(
@@ -85,7 +106,10 @@ class Ledger(Database):
                     priority=priority,
                     name=name,
                     endpoint=endpoint,
-                    completion_window=completion_window,
+                    # OpenAI's only one; a batch without a window of its own never expires.
+                    completion_window=window.text if window else "24h",
+                    expires_at=now + window.seconds if window else None,
+                    idempotency_key=idempotency_key,
                     input_file_id=input_file.id,
                     total=input_file.rows,
                     created_at=now,
@@ -107,7 +131,7 @@ class Ledger(Database):
         """
         found = self._batches(batches.c.id == batch_id)
         if not found:
-            raise NotFound(f"There is no batch {batch_id}.", "`millrace batch list` shows those there are.")
+            raise no_such_batch(batch_id)
         return found[0]
 
     def batches(self, limit: int = 20) -> list[dict[str, Any]]:
@@ -129,22 +153,31 @@ class Ledger(Database):
                     return str(row.id)
         return None
 
+    def keyed_batch(self, idempotency_key: str) -> tuple[str, str] | None:
+        """Return the batch of an idempotency key, and the sha256 of its rows."""
+        return self._with_rows(batches.c.idempotency_key == idempotency_key)
+
+    def same_rows(self, input_sha256: str) -> str | None:
+        """Return the newest batch of the same rows."""
+        found = self._with_rows(files.c.sha256 == input_sha256)
+        return found[0] if found else None
+
+    def _with_rows(self, where: sa.ColumnElement[bool]) -> tuple[str, str] | None:
+        query = (
+            sa.select(batches.c.id, files.c.sha256)
+            .join(files, files.c.id == batches.c.input_file_id)
+            .where(where)
+            .order_by(batches.c.created_at.desc())
+            .limit(1)
+        )
+        with self.read() as connection:
+            row = connection.execute(query).one_or_none()
+        return (row.id, row.sha256) if row else None
+
     def set_metadata(self, batch_id: str, metadata: dict[str, str]) -> None:
         """Replace a batch's metadata."""
         with self.write() as connection:
             connection.execute(batches.update().where(batches.c.id == batch_id).values(metadata=metadata))
-
-    def status(self, batch_id: str) -> Status:
-        """Return a batch's status alone.
-
-        Raises:
-            NotFound: There is no such batch.
-        """
-        with self.read() as connection:
-            found = connection.scalar(sa.select(batches.c.status).where(batches.c.id == batch_id))
-        if found is None:
-            return Status(self.batch(batch_id)["status"])  # raises NotFound
-        return Status(found)
 
     def file(self, file_id: str) -> FileRecord:
         """Return what is known of a file.
@@ -158,88 +191,6 @@ class Ledger(Database):
         if row is None:
             raise NotFound(f"There is no file {file_id}.")
         return FileRecord(**row._mapping)
-
-    def cancel(self, batch_id: str) -> Status:
-        """Ask a batch to stop: shards that nobody runs end here, runners hear of it at their renewal.
-
-        Returns the status after the call: `cancelling`, or what it was when it was too late to cancel.
-
-        Raises:
-            NotFound: There is no such batch.
-        """
-        if (status := self.status(batch_id)).final:
-            return status
-        with self.write() as connection:
-            connection.execute(
-                batches.update()
-                .where(batches.c.id == batch_id)
-                .where(batches.c.status.in_([Status.IN_PROGRESS, Status.PAUSED]))
-                .values(status=Status.CANCELLING, cancelling_at=clock())
-            )
-            connection.execute(
-                shards.update()
-                .where(shards.c.batch_id == batch_id, shards.c.state == ShardState.READY)
-                .where(sa.exists().where(batches.c.id == batch_id, batches.c.status == Status.CANCELLING))
-                .values(state=ShardState.CANCELLED)
-            )
-        return self.status(batch_id)
-
-    def complete(self, batch_id: str, final: Status, output: FileRecord | None, errors: FileRecord | None) -> bool:
-        """Record the merged files and end the batch, in one transaction; False if it had ended before."""
-        stamp = {Status.COMPLETED: "completed_at", Status.CANCELLED: "cancelled_at"}[final]
-        with self.write() as connection:
-            # Two merges of a batch may end at once; the second one finds it ended and changes nothing.
-            open_batch = sa.select(batches.c.id).where(
-                batches.c.id == batch_id, batches.c.status.in_([Status.FINALIZING, Status.CANCELLING])
-            )
-            if connection.scalar(open_batch.with_for_update()) is None:
-                return False
-            now = connection.scalar(sa.select(clock()))
-            for record in (output, errors):
-                if record is not None:
-                    connection.execute(files.insert().values(created_at=now, **vars(record)))
-            connection.execute(
-                batches.update()
-                .where(batches.c.id == batch_id)
-                .values(
-                    status=final,
-                    output_file_id=output.id if output else None,
-                    error_file_id=errors.id if errors else None,
-                    **{stamp: now},
-                )
-            )
-        return True
-
-    def fail(self, batch_id: str, code: str, message: str) -> None:
-        """End a batch that cannot be completed, saying why; what is answered stays where it is."""
-        with self.write() as connection:
-            connection.execute(
-                batches.update()
-                .where(batches.c.id == batch_id)
-                .where(batches.c.status.in_([Status.IN_PROGRESS, Status.FINALIZING, Status.CANCELLING]))
-                .values(status=Status.FAILED, failed_at=clock(), errors=[{"code": code, "message": message}])
-            )
-
-    def seal_cancelled(self, shard_id: int, segments: list[dict[str, Any]], counts: dict[str, int]) -> None:
-        """Record what a cancelled shard's last runner had answered when it died."""
-        with self.write() as connection:
-            connection.execute(
-                shards.update()
-                .where(shards.c.id == shard_id, shards.c.state == ShardState.CANCELLED)
-                .values(segments=segments, **counts)
-            )
-
-    def ready_to_merge(self) -> list[str]:
-        """Return the batches whose shards have all ended and whose files are not written yet."""
-        open_shards = sa.exists().where(
-            shards.c.batch_id == batches.c.id,
-            shards.c.state.in_([ShardState.READY, ShardState.LEASED]),
-        )
-        query = sa.select(batches.c.id).where(
-            batches.c.status.in_([Status.FINALIZING, Status.CANCELLING]), ~open_shards
-        )
-        with self.read() as connection:
-            return list(connection.scalars(query))
 
     def waiting_models(self) -> dict[str, int]:
         """Return the models that open shards ask for, each with its number of rows."""

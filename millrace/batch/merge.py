@@ -23,14 +23,21 @@ from typing import Any, BinaryIO
 
 from millrace.batch.folder import BatchFolder, storage_errors, sync_folder
 from millrace.batch.lease import Sealed
-from millrace.batch.ledger import FileRecord, Ledger
+from millrace.batch.ledger import Ledger
+from millrace.batch.life import FileRecord
 from millrace.batch.lines import decode_input, failure_line
 from millrace.batch.schema import Status
-from millrace.batch.segments import read_lines, recover
+from millrace.batch.segments import check_there, read_lines, recover
+from millrace.crashpoints import crashpoint
 from millrace.errors import IntegrityError
 
 #: Where a row's line lies: segment number + 1 (0: nowhere), offset, length, whether it is an answer.
 _ENTRY = struct.Struct("<IQII")
+#: What the errors file says of a row that was never answered: its code and message, by the batch's end.
+NEVER_RUN = {
+    Status.CANCELLED: ("batch_cancelled", "The batch was cancelled before this row was run."),
+    Status.EXPIRED: ("batch_expired", "The batch's completion window was over before this row was run."),
+}
 
 
 def merge(ledger: Ledger, data_dir: Path, batch_id: str) -> Status:
@@ -45,7 +52,7 @@ def merge(ledger: Ledger, data_dir: Path, batch_id: str) -> Status:
     folder = BatchFolder.of(data_dir, batch_id)
     if batch_id not in ledger.ready_to_merge():
         return ledger.status(batch_id)
-    with _only_merge(folder) as alone:
+    with alone_with(folder) as alone:
         if alone and batch_id in ledger.ready_to_merge():
             try:
                 _merge(ledger, data_dir, folder, batch_id)
@@ -56,10 +63,13 @@ def merge(ledger: Ledger, data_dir: Path, batch_id: str) -> Status:
 
 
 @contextlib.contextmanager
-def _only_merge(folder: BatchFolder) -> Iterator[bool]:
-    """Hold the batch's files for one merge of this machine; yield False where another one has them.
+def alone_with(folder: BatchFolder) -> Iterator[bool]:
+    """Hold the batch's files for one merge, retry or removal; yield False where another one has them.
 
-    Two would do no harm but for the disk: each writes as much again as all answers.
+    Two merges would do no harm but for the disk: each writes as much again as all answers.
+
+    Raises:
+        StorageError: The folder is not there.
     """
     with storage_errors(folder.root):
         descriptor = os.open(folder.root, os.O_RDONLY)
@@ -78,8 +88,8 @@ def _only_merge(folder: BatchFolder) -> Iterator[bool]:
 
 
 def _merge(ledger: Ledger, data_dir: Path, folder: BatchFolder, batch_id: str) -> None:
-    cancelled = ledger.status(batch_id) is Status.CANCELLING
-    if cancelled:
+    final = ledger.end_of(batch_id)
+    if final is not Status.COMPLETED:
         _seal_cancelled(ledger, folder, batch_id)
     batch = ledger.batch(batch_id)
     rows = batch["request_counts"]["total"]
@@ -90,23 +100,27 @@ def _merge(ledger: Ledger, data_dir: Path, folder: BatchFolder, batch_id: str) -
                 index.truncate(rows * _ENTRY.size)
                 with mmap.mmap(index.fileno(), rows * _ENTRY.size) as entries:
                     segments = _index(ledger, folder, batch_id, entries)
-                    _write(batch_id, folder, entries, segments, output, errors, cancelled=cancelled)
+                    crashpoint("merge.indexed")
+                    _write(batch_id, folder, entries, segments, output, errors, final)
+            crashpoint("merge.written")
             for target in (output, errors):
                 target.finish()
         finally:
             output.discard()
             errors.discard()
         sync_folder(folder.root)
+    crashpoint("merge.placed")
     ledger.complete(
         batch_id,
-        Status.CANCELLED if cancelled else Status.COMPLETED,
+        final,
         output.record(f"{batch_id}_output", data_dir),
         errors.record(f"{batch_id}_errors", data_dir) if errors.rows else None,
     )
+    crashpoint("merge.completed")
 
 
 def _seal_cancelled(ledger: Ledger, folder: BatchFolder, batch_id: str) -> None:
-    """Seal what runners had answered that died before their batch was cancelled."""
+    """Seal what runners had answered that died before their batch was cancelled or expired."""
     for shard in ledger.shards(batch_id):
         sealed = [Sealed(**one) for one in shard.segments]
         found = recover(folder, shard.number, shard.epoch + 1, sealed)
@@ -128,6 +142,7 @@ def _index(ledger: Ledger, folder: BatchFolder, batch_id: str, entries: mmap.mma
         paths.append(path)
         offset = 0
         digest = hashlib.sha256()
+        check_there(path)
         for line, raw in read_lines(path, seal.bytes):
             at = line.row * _ENTRY.size
             if at + _ENTRY.size > len(entries) or _ENTRY.unpack_from(entries, at)[0]:
@@ -143,7 +158,8 @@ def _index(ledger: Ledger, folder: BatchFolder, batch_id: str, entries: mmap.mma
         if offset != seal.bytes or digest.hexdigest() != seal.sha256:
             raise IntegrityError(
                 f"{path} is not what was sealed: {offset} good bytes of {seal.bytes}, or other content.",
-                "The file was changed or lost after it was written; restore it from a backup.",
+                "The file was changed or lost after it was written; restore it from a backup, "
+                f"or run its rows again: `millrace batch resume {batch_id}`.",
             )
     return paths
 
@@ -155,8 +171,7 @@ def _write(
     segments: list[Path],
     output: _Target,
     errors: _Target,
-    *,
-    cancelled: bool,
+    final: Status,
 ) -> None:
     read = _Segments(segments)
     with folder.input.open("rb") as source:
@@ -165,10 +180,9 @@ def _write(
                 line = source.readline()
                 if segment:
                     (output if ok else errors).write(read(segment - 1, offset, length))
-                elif cancelled:
+                elif final in NEVER_RUN:
                     custom_id = decode_input(line).custom_id
-                    message = "The batch was cancelled before this row was run."
-                    errors.write(failure_line(batch_id, row, custom_id, "batch_cancelled", message))
+                    errors.write(failure_line(batch_id, row, custom_id, *NEVER_RUN[final]))
                 else:
                     raise IntegrityError(
                         f"Row {row} of {batch_id} has no sealed answer.",
@@ -225,7 +239,9 @@ class _Target:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        crashpoint("merge.synced")
         self._part.rename(self.path)
+        crashpoint("merge.renamed")
 
     def discard(self) -> None:
         self._file.close()

@@ -4,8 +4,8 @@ One event loop. As many lanes as the process may have requests in flight each ta
 engine until there is an answer that counts, append it and take the next row. The next shard is claimed
 while the last rows of the one before are still in flight, so the engine stays full between shards.
 
-    claim ──> recover older segments ──> seal them ──> lanes ──> sync, seal and finish
-                                                         └─ stop, lost, cancel: rows in flight are dropped
+    claim ──> prepare ──> suspects, alone ──> lanes ──> sync, seal and finish
+                                                └─ pause, stop: rows in flight may end; lost, cancel: they are dropped
 
 A session ends when there is nothing to claim, when its time is over, or when it is told to stop; then
 what it holds goes back to the ledger with the answered rows sealed.
@@ -18,31 +18,33 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
 
 from millrace import metrics
-from millrace.batch.ask import Answered, Asker
-from millrace.batch.folder import BatchFolder, storage_errors
-from millrace.batch.lease import Counts, Finish, Lease, Leases, Renewal
-from millrace.batch.planner import read_rows
-from millrace.batch.segments import SegmentWriter, recover
+from millrace.batch.ask import Answered, Asker, ModelAway
+from millrace.batch.canary import Canary
+from millrace.batch.claimed import Shard
+from millrace.batch.claims import Claims
+from millrace.batch.isolation import Isolation
+from millrace.batch.lease import Finish, Leases, Renewal, waiting_shards
+from millrace.batch.renewal import Renewer
+from millrace.batch.suspects import Suspect
+from millrace.batch.turns import Turn
 from millrace.engine.admission import limit_of, share_of
+from millrace.engine.breaker import Breaker
 from millrace.engine.client import EngineClient
-from millrace.engine.probes import EngineState, Watch, probe
+from millrace.engine.probes import EngineState, probe
 from millrace.engine.retry import EngineError
-from millrace.errors import IntegrityError, MillraceError, Unreachable
+from millrace.errors import MillraceError
 from millrace.settings import Settings
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-TICK = 0.25  # seconds between looks at the stop flag, the leases and the files
-PROGRESS = 1.0  # seconds between recorded counts, for those who watch
-DRAIN = 10.0  # seconds that requests in flight get when the session is told to stop
+TICK = 0.25  # seconds between looks at the stop flag and the turnstile
+PROGRESS = 1.0  # seconds between looks at who shares the engine
+DRAIN = 10.0  # seconds that requests in flight get when the session is told to stop or their batch is paused
 
 
 @dataclass(frozen=True)
@@ -53,45 +55,6 @@ class Outcome:
     rows: int
     #: Whether it ended for want of time, not of work.
     more: bool
-
-
-@dataclass(eq=False)
-class _Shard:
-    """A claimed shard that is being run."""
-
-    lease: Lease
-    writer: SegmentWriter
-    waiting: deque[tuple[int, bytes]]
-    counts: Counts
-    started: float
-    renewed: float
-    in_flight: int = 0
-    #: Set once no row of it may be started or written any more.
-    stopped: Renewal | None = None
-    finishing: bool = False
-    lanes: set[asyncio.Task[None]] = field(default_factory=set)
-    recorded: int = 0
-    #: What of `counts` the metrics have, and the codes of failures that they do not have yet.
-    measured: Counts = field(default_factory=Counts)
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def answered(self) -> int:
-        return self.counts.completed + self.counts.failed
-
-    def measure(self) -> None:
-        """Add to the worker's metrics what was answered since the last call."""
-        now, before = self.counts, self.measured
-        metrics.batch_answers(
-            self.lease.model,
-            now.completed - before.completed,
-            now.failed - before.failed,
-            now.prompt_tokens - before.prompt_tokens,
-            now.completion_tokens - before.completion_tokens,
-            self.failures,
-        )
-        self.measured = replace(now)
-        self.failures.clear()
 
 
 class Session:
@@ -126,17 +89,17 @@ class Session:
         self._seconds = seconds
         self._report = report
         self._ended_batch = ended_batch
-        self._shards: set[_Shard] = set()
-        self._feeding: deque[_Shard] = deque()
-        self._lanes: set[asyncio.Task[None]] = set()
-        self._background: set[asyncio.Task[None]] = set()
+        self._canary = Canary(leases.ledger, settings)
+        self.shards: set[Shard] = set()
+        self._feeding: deque[Shard] = deque()
+        self.lanes: set[asyncio.Task[None]] = set()
+        self.background: set[asyncio.Task[None]] = set()
         self._refilled = asyncio.Event()
         self._refilling = False
         self._exhausted = False
         self._more = False
-        self._draining = False
-        self._failure: BaseException | None = None
-        self._model = ""
+        self.draining = False
+        self.failure: BaseException | None = None
         self._done_shards = 0
         self._done_rows = 0
         #: Gauges of this session, by series.
@@ -147,22 +110,23 @@ class Session:
         self._ends = time.monotonic() + self._seconds
         async with EngineClient.of(self._settings) as client:
             self._client = client
-            self._watch = Watch(client)
+            self.breaker = Breaker(client)
             try:
                 state = await self._await_engine()
                 if state is not None:
-                    self._asker = Asker(client, self._watch, state, self._settings)
+                    self.asker = Asker(client, self.breaker, self._settings)
                     await self._work(limit_of(state, self._settings.batch_concurrency))
             finally:
-                await self._watch.close()
-        if self._failure is not None:
-            raise self._failure
+                await self.breaker.close()
+        if self.failure is not None:
+            raise self.failure
         return Outcome(self._done_shards, self._done_rows, self._more)
 
     async def _await_engine(self) -> EngineState | None:
         """Return what the engine is once it answers; None when it is time to end before."""
         pause = 0.2
         while not self._stop():
+            began = time.monotonic()
             try:
                 state = await probe(self._client)
             except EngineError as error:
@@ -173,44 +137,66 @@ class Session:
                 pause = min(2 * pause, 2.0)
             else:
                 self._report(None)
+                self.breaker.seen(state, began)
                 return state
         self._more = True
         return None
 
     async def _work(self, limit: int) -> None:
-        self._limit = self._share = limit
-        ticker = asyncio.create_task(self._tick())
-        ticker.add_done_callback(lambda task: self._ended(task, set()))
+        self.limit = self._share = limit
+        turn = Turn(self._settings.data_dir)
+        self._isolation = Isolation(self, turn)
+        self._claims = Claims(self._leases, self.breaker, self._settings.data_dir, going=self._going, busy=self._busy)
+        clocks: set[asyncio.Task[None]] = set()
+        # Each by itself: a sync that hangs on a bad disk must not keep a lease from being renewed, and so on.
+        self.start(Renewer(self._leases, self.shards, self.stop_shard).run(), clocks)
+        self.start(_every(TICK, self._tick), clocks)
+        self.start(_every(self._settings.batch_sync_seconds, self._sync), clocks)
+        self.start(_every(PROGRESS, self._share_engine), clocks)
         try:
+            await self._isolation.join(self._ends)
             await self._refill()
-            self._open_lanes()
-            while self._lanes or self._background:
-                await asyncio.wait(self._lanes | self._background, return_when=asyncio.FIRST_COMPLETED)
+            while self.lanes or self.background:
+                await asyncio.wait(self.lanes | self.background, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            ticker.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):  # _ended has noted its failure
-                await ticker
+            self.draining = self._exhausted = True
+            for clock in clocks:
+                clock.cancel()
             # Cancelled from outside (a soft shutdown that ran out of time): give back what is held.
-            for lane in self._lanes:
+            for lane in self.lanes:
                 lane.cancel()
-            await asyncio.gather(*self._lanes, *self._background, return_exceptions=True)
-            for shard in list(self._shards):
+            await asyncio.gather(*clocks, *self.lanes, *self.background, return_exceptions=True)
+            for shard in list(self.shards):
                 try:
                     await self._give_back(shard, shard.stopped or Renewal.DRAIN)
                 except MillraceError as error:
                     log.warning("%s The shard's lease runs out instead.", error)
                     self._forget(shard)
+            turn.close()
             metrics.show(dict.fromkeys(self._load, 0.0))
 
     # Lanes.
 
-    def _open_lanes(self) -> None:
-        busy = sum(shard.in_flight for shard in self._shards)
+    def open_lanes(self) -> None:
+        """Start lanes for the rows there are."""
+        for shard in self.shards:
+            if shard.waiting and shard not in self._feeding:  # rows that were put back
+                self._feeding.append(shard)
+        if self._isolation.aside:
+            return
+        busy = sum(shard.in_flight for shard in self.shards)
         wanted = min(self._share, busy + sum(len(shard.waiting) for shard in self._feeding))
-        while len(self._lanes) < wanted:
-            self._start(self._lane(), self._lanes)
+        while len(self.lanes) < wanted:
+            self.start(self._lane(), self.lanes)
+        if not self.lanes:  # what there was were suspects alone
+            self._ask_refill()
 
-    def _start(self, work: Coroutine[Any, Any, None], group: set[asyncio.Task[None]]) -> None:
+    def close_lanes(self) -> None:
+        """Have lanes that wait for rows look again whether they may."""
+        self._refilled.set()
+
+    def start(self, work: Coroutine[Any, Any, None], group: set[asyncio.Task[None]]) -> None:
+        """Run `work` as a task of `group`; its failure is the session's."""
         task = asyncio.create_task(work)
         group.add(task)
         task.add_done_callback(lambda task: self._ended(task, group))
@@ -222,46 +208,53 @@ class Session:
 
     def _fail(self, error: BaseException) -> None:
         """End the session for `error`; the first one is raised by `run`."""
-        if self._failure is None:
-            self._failure = error
-        self._exhausted = self._draining = True
+        if self.failure is None:
+            self.failure = error
+        self._exhausted = self.draining = True
         self._refilled.set()
-        for lane in self._lanes:
+        for lane in self.lanes:
             lane.cancel()
 
     async def _lane(self) -> None:
         own = asyncio.current_task()
         assert own is not None
         while True:
-            if len(self._lanes) > self._share:
+            if len(self.lanes) > self._share or self._isolation.aside:
                 # At once: of many lanes that end in one turn, each must see that the others did.
-                self._lanes.discard(own)
+                self.lanes.discard(own)
                 return
             taken = self._take()
             if taken is None:
-                if self._exhausted or self._draining:
+                if self._exhausted or self.draining:
                     return
                 self._refilled.clear()
                 await self._refilled.wait()
                 continue
             shard, row, line = taken
-            shard.lanes.add(own)
-            shard.in_flight += 1
+            slot = shard.flight.start(row)
+            shard.enter(own)
             try:
-                self._append(shard, row, await self._asker.ask(shard.lease.batch_id, row, line))
+                answered = await self.asker.ask(shard.lease, row, line)
+            except ModelAway:
+                shard.flight.end(slot)
+                self.stop_shard(shard, Renewal.DRAIN)
             except asyncio.CancelledError:
-                # Our shard was taken from us: this lane goes on with another one.
-                if shard.stopped is None or self._failure is not None or own.cancelling() > 1:
+                self._isolation.dropped(shard, Suspect(row, line, slot))
+                # Dropped: our shard was taken from us, and this lane goes on with another one.
+                if not shard.dropped or self.failure is not None or own.cancelling() > 1:
                     shard.waiting.appendleft((row, line))  # not answered by this lane
                     raise
                 own.uncancel()
+            except Exception as error:  # noqa: BLE001  # a row that our code cannot bear is a suspect too
+                self._isolation.accuse(shard, Suspect(row, line, slot), error)
+            else:
+                self.append(shard, row, slot, answered)
             finally:
-                shard.lanes.discard(own)
-                shard.in_flight -= 1
-                self._settle(shard)
+                shard.leave(own)
+                self.settle(shard)
 
-    def _take(self) -> tuple[_Shard, int, bytes] | None:
-        while self._feeding and not self._draining:
+    def _take(self) -> tuple[Shard, int, bytes] | None:
+        while self._feeding and not self.draining:
             shard = self._feeding[0]
             if shard.stopped is not None or not shard.waiting:
                 self._feeding.popleft()
@@ -273,253 +266,175 @@ class Session:
         self._ask_refill()
         return None
 
-    def _append(self, shard: _Shard, row: int, answered: Answered) -> None:
-        if shard.stopped is not None:
+    def append(self, shard: Shard, row: int, slot: int, answered: Answered) -> None:
+        """Write a row's answer, if it is still ours to write."""
+        if shard.dropped:
             return
         if not shard.lease.trusted:
             # Someone else may have the shard by now: nothing of ours may follow what is written.
-            self._stop_shard(shard, Renewal.LOST)
+            self.stop_shard(shard, Renewal.LOST)
             return
         if not shard.writer.waiting:
             # One write for all the answers of this turn of the loop.
             asyncio.get_running_loop().call_soon(self._flush, shard)
-        shard.writer.append(row, answered.ok, answered.prompt_tokens, answered.completion_tokens, answered.line)
-        shard.counts.add(answered.ok, answered.prompt_tokens, answered.completion_tokens)
-        if not answered.ok:
-            shard.failures.append(answered.code)
+        shard.append(row, slot, answered)
+        if self._canary.ended(shard.lease.batch_id, answered):
+            self.start(asyncio.to_thread(self._canary.pause, shard.lease.batch_id), self.background)
 
-    def _flush(self, shard: _Shard) -> None:
+    def _flush(self, shard: Shard) -> None:
         if shard.stopped is Renewal.LOST:
             return
         try:
-            shard.writer.flush()
+            shard.flush()
         except MillraceError as error:
-            shard.stopped = Renewal.LOST  # its tail may be torn: let the lease run out and be recovered
+            self._drop(shard, Renewal.LOST)  # its tail may be torn: let the lease run out and be recovered
             self._fail(error)
-            return
-        shard.measure()
 
     # Shards.
 
     def _ask_refill(self) -> None:
-        if not (self._refilling or self._exhausted or self._draining):
+        if not (self._refilling or self._exhausted or self.draining):
             # Now and not when the task begins: many lanes ask in one turn of the loop.
             self._refilling = True
-            self._start(self._refill(), self._background)
+            self.start(self._refill(), self.background)
 
     async def _refill(self) -> None:
         """Claim shards until there are rows to run, or nothing to claim."""
         self._refilling = True
         try:
-            while not (self._exhausted or self._draining):
-                if time.monotonic() >= self._ends:
-                    self._exhausted = self._more = True
-                    break
-                lease = await self._claim()
-                if lease is None:
-                    self._exhausted = True
-                    break
-                self._model = lease.model
-                try:
-                    shard = await asyncio.to_thread(self._prepare, lease)
-                except MillraceError as error:
-                    # No more of this for us, but what is in flight goes on: the fault may be this
-                    # machine's alone (another DATA_DIR), or one shard's.
-                    if isinstance(error, IntegrityError):  # nobody can complete this batch
-                        await asyncio.to_thread(self._leases.ledger.fail, lease.batch_id, error.code, str(error))
-                    await asyncio.to_thread(self._leases.hand_back, lease)
-                    self._failure = self._failure or error
-                    self._exhausted = True
-                    break
+            while self._going():
+                shard = await self._claims.next()
                 if shard is None:
-                    continue
-                self._shards.add(shard)
-                self._feeding.append(shard)
-                if shard.waiting:
+                    self.failure = self.failure or self._claims.failure
+                    self._exhausted = True
                     break
-                self._settle(shard)  # its last owner had answered every row
+                self.shards.add(shard)
+                self._feeding.append(shard)
+                self._isolation.claimed(shard)
+                if shard.waiting or shard.suspects:
+                    break
+                self.settle(shard)  # there is nothing to ask for
         finally:
             self._refilling = False
             self._refilled.set()
-        self._open_lanes()
+        self.open_lanes()
 
-    async def _claim(self) -> Lease | None:
-        """Claim a shard; while others are in flight, wait for a ledger that does not answer."""
-        while True:
-            try:
-                return await asyncio.to_thread(self._leases.claim, self._model)
-            except Unreachable as error:
-                if not any(shard.lease.trusted for shard in self._shards) or self._draining:
-                    raise
-                log.warning("%s", error)
-                await asyncio.sleep(PROGRESS)
+    def _going(self) -> bool:
+        if time.monotonic() >= self._ends:
+            self._exhausted = self._more = True
+        return not (self._exhausted or self.draining)
 
-    async def _while_trusted(self, lease: Lease, change: Callable[[], T]) -> T:
-        """Return what `change` returns; wait for a ledger that does not answer as long as the lease holds."""
-        while True:
-            try:
-                return await asyncio.to_thread(change)
-            except Unreachable as error:
-                if not lease.trusted:
-                    raise
-                log.warning("%s", error)
-                await asyncio.sleep(PROGRESS)
+    def _busy(self) -> bool:
+        return not self.draining and any(shard.lease.trusted for shard in self.shards)
 
-    def _prepare(self, lease: Lease) -> _Shard | None:
-        """Seal what earlier owners answered and read the rest; None if the lease is lost meanwhile.
-
-        Raises:
-            StorageError: The batch's files are not here.
-            IntegrityError: A sealed segment was changed.
-        """
-        started = time.monotonic()
-        folder = BatchFolder.of(Path(self._settings.data_dir), lease.batch_id)
-        older = recover(folder, lease.number, lease.epoch, lease.sealed)
-        if older.sealed != lease.sealed and not self._leases.seal(lease, older.sealed, older.counts):
-            return None
-        with storage_errors(folder.input):
-            rows = read_rows(folder, lease.first, lease.rows)
-            waiting = deque(item for item in rows if item[0] not in older.rows)
-        return _Shard(
-            lease=lease,
-            writer=SegmentWriter(folder.segment(lease.number, lease.epoch), lease.epoch),
-            waiting=waiting,
-            counts=older.counts,
-            started=started,
-            renewed=started,
-            recorded=older.counts.completed + older.counts.failed,
-            measured=replace(older.counts),  # by its earlier owner
-        )
-
-    def _settle(self, shard: _Shard) -> None:
+    def settle(self, shard: Shard) -> None:
         """Finish a shard whose last row is answered, or give back one whose last request has ended."""
         if shard.in_flight or shard.finishing:
             return
-        if shard.stopped is not None:
+        if shard.complete and shard.stopped in (None, Renewal.DRAIN):
             shard.finishing = True
-            self._start(self._give_back(shard, shard.stopped), self._background)
-        elif not shard.waiting and shard.answered == shard.lease.rows:
+            self.start(self._finish(shard), self.background)
+        elif shard.stopped is not None or self.draining:
             shard.finishing = True
-            self._start(self._finish(shard), self._background)
-        elif self._draining:
-            shard.finishing = True
-            self._start(self._give_back(shard, Renewal.DRAIN), self._background)
+            self.start(self._give_back(shard, shard.stopped or Renewal.DRAIN), self.background)
 
-    async def _finish(self, shard: _Shard) -> None:
-        self._flush(shard)
-        if shard.stopped is Renewal.LOST:
+    async def _finish(self, shard: Shard) -> None:
+        try:
+            ended = await shard.finish(self._leases)
+            if ended:
+                self._done_shards += 1
+                self._done_rows += shard.writer.rows
+            if ended is Finish.BATCH:
+                await asyncio.to_thread(self._ended_batch, shard.lease.batch_id)
+        finally:
             self._forget(shard)
-            return
-        await asyncio.to_thread(shard.writer.sync)
-        sealed = [*shard.lease.sealed, shard.writer.sealed()]
-        seconds = time.monotonic() - shard.started
-        ended = Finish.LOST
-        if shard.lease.trusted:
-            ended = await self._while_trusted(
-                shard.lease, lambda: self._leases.finish(shard.lease, sealed, shard.counts, seconds)
-            )
-        if ended:
-            self._done_shards += 1
-            self._done_rows += shard.writer.rows
-        if ended is Finish.BATCH:
-            await asyncio.to_thread(self._ended_batch, shard.lease.batch_id)
-        self._forget(shard)
 
-    async def _give_back(self, shard: _Shard, why: Renewal) -> None:
-        if why is not Renewal.LOST and shard.lease.trusted:
-            shard.writer.flush()
-            await asyncio.to_thread(shard.writer.sync)
-            sealed = [*shard.lease.sealed, shard.writer.sealed()]
-            seconds = time.monotonic() - shard.started
-            end = self._leases.end_cancelled if why is Renewal.CANCEL else self._leases.release
-            held = await self._while_trusted(shard.lease, lambda: end(shard.lease, sealed, shard.counts, seconds))
-            if held:
+    async def _give_back(self, shard: Shard, why: Renewal) -> None:
+        try:
+            if await shard.give_back(self._leases, why):
                 self._done_rows += shard.writer.rows
                 if why is Renewal.CANCEL:
                     await asyncio.to_thread(self._ended_batch, shard.lease.batch_id)
-        self._forget(shard)
+        finally:
+            self._forget(shard)
 
-    def _forget(self, shard: _Shard) -> None:
-        if shard in self._shards:
-            self._shards.discard(shard)
-            shard.writer.close()
+    def _forget(self, shard: Shard) -> None:
+        if shard in self.shards:
+            self.shards.discard(shard)
+            shard.close()
 
-    def _stop_shard(self, shard: _Shard, why: Renewal) -> None:
+    def stop_shard(self, shard: Shard, why: Renewal) -> None:
+        """Start no more rows of a shard; a pause lets those in flight end, else they are dropped at once."""
+        if shard.dropped or shard.finishing:
+            return
+        if why is not Renewal.DRAIN:
+            self._drop(shard, why)
+        elif shard.stopped is None:
+            shard.stopped = why
+            shard.drop_at = time.monotonic() + DRAIN
+            shard.waiting.clear()
+            self.settle(shard)
+
+    def _drop(self, shard: Shard, why: Renewal) -> None:
         """Drop a shard's requests in flight; the connections close, so the engine stops working on them."""
+        log.info("Shard %s of %s is dropped: %s.", shard.lease.number, shard.lease.batch_id, why)
         shard.stopped = why
+        shard.dropped = True
         shard.waiting.clear()
         for lane in shard.lanes - {asyncio.current_task()}:
             lane.cancel()
-        self._settle(shard)
+        self.settle(shard)
 
     # The clock.
 
     async def _tick(self) -> None:
-        """Renew leases, sync files, record counts, and see the stop flag."""
-        shared = synced = 0.0
-        drained: float | None = None
-        while True:
-            await asyncio.sleep(TICK)
-            now = time.monotonic()
-            self._report(self._watch.trouble)
-            self._asker.expire()
-            self._show_load()
-            if drained is None and self._stop():
-                drained = now + DRAIN
-                self._draining = self._more = True
-                self._refilled.set()
-                for shard in list(self._shards):
-                    self._settle(shard)
-            if drained is not None and (now >= drained or not self._watch.up):
-                for shard in list(self._shards):
-                    if shard.stopped is None and not shard.finishing:
-                        self._stop_shard(shard, Renewal.DRAIN)
-            if now - synced >= self._settings.batch_sync_seconds:
-                synced = now
-                await self._sync()
-            for shard in list(self._shards):
-                await self._renew(shard, now)
-            if now - shared >= PROGRESS and self._shards:
-                shared = now
-                await self._share_engine()
+        """See the stop flag, the turnstile, rows that take too long and shards that have drained."""
+        self._report(self.breaker.trouble or self._claims.missing)
+        self.asker.expire()
+        self._show_load()
+        if not self.draining and self._stop():
+            self.draining = self._more = True
+            self._refilled.set()
+            for shard in list(self.shards):
+                self.stop_shard(shard, Renewal.DRAIN)
+        for shard in list(self.shards):
+            late = time.monotonic() >= shard.drop_at or not self.breaker.up
+            if shard.stopped is Renewal.DRAIN and late and not (shard.dropped or shard.finishing):
+                self._drop(shard, Renewal.DRAIN)
+        self._isolation.look()
 
     def _show_load(self) -> None:
         """Set the metrics of what is in flight, also to 0 for a model that has nothing any more."""
         self._load = dict.fromkeys(self._load, 0.0)
-        for shard in self._shards:
+        for shard in self.shards:
             series = metrics.INFLIGHT.series("batch", shard.lease.model)
-            self._load[series] = self._load.get(series, 0.0) + self._asker.asking(shard.lanes)
+            self._load[series] = self._load.get(series, 0.0) + self.asker.asking(shard.lanes)
         self._load[metrics.LIMIT.series()] = self._share
         metrics.show(self._load)
 
     async def _sync(self) -> None:
-        for shard in list(self._shards):
+        for shard in list(self.shards):
             if shard.writer.unsynced and not shard.finishing:
                 try:
                     await asyncio.to_thread(shard.writer.sync)
                 except MillraceError as error:
-                    shard.stopped = Renewal.LOST
+                    self._drop(shard, Renewal.LOST)
                     self._fail(error)
-
-    async def _renew(self, shard: _Shard, now: float) -> None:
-        due = now - shard.renewed >= self._leases.ttl / 3
-        news = shard.answered != shard.recorded and now - shard.renewed >= PROGRESS
-        if shard.finishing or shard.stopped is not None or not (due or news):
-            return
-        answered = shard.answered
-        try:
-            answer = await asyncio.to_thread(self._leases.renew, shard.lease, shard.counts)
-        except MillraceError as error:
-            # The ledger is away: go on as long as the lease is trusted, and no longer.
-            log.warning("%s", error)
-            answer = Renewal.OK if shard.lease.trusted else Renewal.LOST
-        else:
-            shard.renewed, shard.recorded = now, answered
-        if answer is not Renewal.OK and shard.stopped is None and not shard.finishing:
-            log.info("Shard %s of %s: %s.", shard.lease.number, shard.lease.batch_id, answer)
-            self._stop_shard(shard, answer)
 
     async def _share_engine(self) -> None:
         with contextlib.suppress(MillraceError):  # the share of a second ago serves as well
-            self._share = share_of(self._limit, await asyncio.to_thread(self._leases.owners))
-            self._open_lanes()
+            # An engine that was started anew may have other slots.
+            self.limit = limit_of(self.breaker.state, self._settings.batch_concurrency)
+            self._share = share_of(self.limit, await asyncio.to_thread(self._leases.owners))
+            # There was nothing to claim: while rows are in flight that may take long, look whether there is now.
+            idle = self._exhausted and not self.draining and self.failure is None and len(self.lanes) < self._share
+            if idle and await asyncio.to_thread(waiting_shards, self._leases.ledger) > 0:
+                self._exhausted = False
+                self._ask_refill()
+            self.open_lanes()
+
+
+async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        await act()

@@ -2,12 +2,15 @@
 
 A batch's life, in OpenAI's words:
 
-    validating ──> in_progress ──> finalizing ──> completed
-        │           │  ↕ paused                      │
-        └─> failed  └──> cancelling ──> cancelled    └─ (expired: the completion window ran out)
+    validating ──> in_progress ──> finalizing ──> completed, or expired: its completion window ran out
+        │           │  ↕ paused
+        └─> failed  └──> cancelling ──> cancelled
+
+What has ended may go on: `resume` takes up a cancelled, expired or failed batch, and `retry` runs the failed
+rows of a completed one (millrace.batch.again).
 
 A shard's life: ready ──claim──> leased ──finish──> done, back to ready when its lease runs out or its
-runner is asked to stop, and cancelled with its batch. `epoch` grows by one at every claim; every
+runner is asked to stop, and cancelled when its batch is or expires. `epoch` grows at every claim; every
 later write of that runner is `UPDATE … WHERE epoch = ?`, so a runner that was replaced writes nothing.
 """
 
@@ -38,7 +41,7 @@ class Status(StrEnum):
 
     @property
     def final(self) -> bool:
-        """Whether nothing changes any more."""
+        """Whether nothing changes any more by itself."""
         return self in (Status.FAILED, Status.COMPLETED, Status.EXPIRED, Status.CANCELLED)
 
 
@@ -134,6 +137,11 @@ batches = sa.Table(
     sa.Column("cancelled_at", sa.Float),
     sa.Column("metadata", sa.JSON, nullable=False),
     sa.Column("errors", sa.JSON, nullable=False),  # problems that ended the batch
+    sa.Column("idempotency_key", sa.Text),  # the user's: at most one batch has it
+    sa.Column("reason", sa.Text, nullable=False, server_default=sa.text("''")),  # why it is paused
+    # Whether its first rows are watched for failing all alike; not after a person has seen them.
+    sa.Column("canary", sa.Boolean, nullable=False, server_default=sa.true()),
+    sa.Index("batches_by_idempotency_key", "idempotency_key", unique=True),
 )
 
 shards = sa.Table(
@@ -149,6 +157,7 @@ shards = sa.Table(
     sa.Column("epoch", sa.Integer, nullable=False, default=0),
     sa.Column("owner", sa.Text),
     sa.Column("lease_until", sa.Float),
+    sa.Column("lease_seconds", sa.Float),  # how long that lease was when it was given
     sa.Column("attempts", sa.Integer, nullable=False, default=0),
     sa.Column("completed", sa.Integer, nullable=False, default=0),
     sa.Column("failed", sa.Integer, nullable=False, default=0),

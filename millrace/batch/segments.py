@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import msgspec
 
 from millrace.batch.folder import BatchFolder, storage_errors, sync_folder
 from millrace.batch.lease import Counts, Sealed
+from millrace.crashpoints import crashpoint
 from millrace.errors import IntegrityError, StorageError
 
 
@@ -42,14 +43,20 @@ _decode = msgspec.json.Decoder(SegmentLine).decode
 class SegmentWriter:
     """Appends answers to a new segment.
 
+    Args:
+        path: Of the file, which is made.
+        epoch: Of the runner.
+        trusted: Whether nobody else may have read the file yet.
+
     Raises:
         StorageError: The file cannot be made or written, or the disk is full. The segment then keeps
             the whole lines it has.
     """
 
-    def __init__(self, path: Path, epoch: int) -> None:
+    def __init__(self, path: Path, epoch: int, trusted: Callable[[], bool] = lambda: True) -> None:
         self.path = path
         self.epoch = epoch
+        self._trusted = trusted
         self.rows = 0
         self.bytes = 0
         self._digest = hashlib.sha256()
@@ -63,6 +70,7 @@ class SegmentWriter:
             # O_EXCL: an epoch is claimed once, so its segment cannot be there.
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
             sync_folder(path.parent)
+        crashpoint("segment.created")
 
     def append(self, row: int, ok: bool, prompt_tokens: int, completion_tokens: int, line: bytes) -> None:
         """Take an answer; `flush` writes it."""
@@ -94,16 +102,31 @@ class SegmentWriter:
         self._digest.update(data)
         self.bytes += len(data)
         self.rows += rows
+        crashpoint("segment.flushed")
 
     def sync(self) -> None:
         """Put what was flushed on the disk; may run in another thread than `append` and `flush`."""
-        with self._syncing:
-            if self._closed:
-                return
-            reached = self.bytes
-            with self._writing():
+        try:
+            with self._syncing:
+                if not self._closed:
+                    self._sync()
+        finally:
+            self._release()
+
+    def _sync(self) -> None:
+        reached = self.bytes
+        with self._writing():
+            try:
                 os.fsync(self._descriptor)
-            self._synced = max(self._synced, reached)
+            except OSError:
+                # It can be read until the kernel needs the memory, and is gone then: a later epoch must not
+                # count what never reached the disk. Where one may have sealed it by now, the merge finds it.
+                if self._trusted():
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(self._descriptor, self._synced)
+                raise
+        self._synced = max(self._synced, reached)
+        crashpoint("segment.synced")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -128,10 +151,19 @@ class SegmentWriter:
         return Sealed(self.epoch, self.bytes, self.rows, self._digest.hexdigest())
 
     def close(self) -> None:
-        """Close the file; what was not flushed is dropped."""
-        with self._syncing:
-            self._closed = True
-            os.close(self._descriptor)
+        """Close the file, now or when a sync of another thread has ended; what was not flushed is dropped."""
+        self._closed = True
+        self._release()
+
+    def _release(self) -> None:
+        # Whoever has the lock comes here after it, so that nobody waits for a disk that hangs.
+        if self._closed and self._syncing.acquire(blocking=False):
+            try:
+                if self._descriptor >= 0:
+                    os.close(self._descriptor)
+                    self._descriptor = -1
+            finally:
+                self._syncing.release()
 
 
 @dataclass(slots=True)
@@ -168,6 +200,8 @@ def recover(folder: BatchFolder, shard: int, epoch: int, sealed: list[Sealed]) -
 
 
 def _take(path: Path, epoch: int, seal: Sealed | None, result: Recovered) -> Sealed:
+    if seal is not None:
+        check_there(path)
     digest, size, rows = hashlib.sha256(), 0, 0
     for line, raw in read_lines(path, seal.bytes if seal else None):
         if line.row in result.rows:
@@ -180,15 +214,37 @@ def _take(path: Path, epoch: int, seal: Sealed | None, result: Recovered) -> Sea
     if seal is not None and size != seal.bytes:
         raise IntegrityError(
             f"{path} has {size} good bytes, but {seal.bytes} of it were sealed.",
-            "The file was changed or lost after it was written; restore it, or submit the batch again.",
+            "The file was changed or lost after it was written; restore it from a backup, or resume the batch: "
+            "its rows are then run again.",
         )
+    if seal is None and size:
+        # Its runner may have been killed before it synced them, and a seal holds for ever.
+        with storage_errors(path), path.open("rb") as file:
+            os.fsync(file.fileno())
     return seal or Sealed(epoch, size, rows, digest.hexdigest())
 
 
-def read_lines(path: Path, limit: int | None) -> Iterator[tuple[SegmentLine, bytes]]:
-    """Yield (line, its bytes with the newline) of a segment, up to `limit` bytes or the last whole line."""
+def check_there(path: Path) -> None:
+    """Check that a sealed segment is where its batch's others are.
+
+    Raises:
+        IntegrityError: It is gone. Where the whole folder is, the disk may not be mounted: that may pass.
+    """
+    if path.parent.is_dir() and not path.exists():
+        raise IntegrityError(
+            f"{path} is gone, and answers of it were sealed.",
+            "Restore it from a backup, or resume the batch: its rows are then run again.",
+        )
+
+
+def read_lines(path: Path, limit: int | None, start: int = 0) -> Iterator[tuple[SegmentLine, bytes]]:
+    """Yield (line, its bytes with the newline) of a segment from byte `start` on.
+
+    It ends after `limit` bytes, or else with the last whole line.
+    """
     left = limit
     with storage_errors(path), path.open("rb") as file:
+        file.seek(start)
         for raw in file:
             if left is not None:
                 left -= len(raw)

@@ -9,17 +9,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
+import sqlalchemy as sa
+
 from millrace.batch.folder import BatchFolder
 from millrace.batch.inputs import Format, Request
-from millrace.batch.ledger import FileRecord, Ledger, new_id
+from millrace.batch.ledger import Ledger, Window, new_id
+from millrace.batch.life import FileRecord
 from millrace.batch.lines import EMBEDDINGS
 from millrace.batch.planner import Plan, PlanOptions, plan
+from millrace.batch.prune import note_new
 from millrace.batch.schema import Priority
+from millrace.crashpoints import crashpoint
 from millrace.engine.client import EngineClient
 from millrace.engine.probes import EngineState, probe, serves
 from millrace.engine.retry import EngineError, KeyRefused
 from millrace.errors import InputError, InvalidInputFile, MillraceError, NotFound, Problem, SettingsError, Unreachable
 from millrace.settings import Settings
+
+MAX_KEY = 255  # characters of an idempotency key
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,9 @@ class Order:
     metadata: Mapping[str, str] = field(default_factory=dict)
     #: Take up an unfinished batch of the same input and metadata instead of making a second one.
     resume: bool = False
+    #: The user's own word for this order: given again with the same rows, it names the same batch.
+    idempotency_key: str | None = None
+    window: Window | None = None
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,11 @@ class Submitted:
 
     batch_id: str
     rows: int
+    #: Whether it was there before.
     resumed: bool
     trouble: str | None
+    #: An earlier batch of the same rows, None where this one is not new.
+    twin: str | None = None
 
 
 def open_input(path: str) -> BinaryIO:
@@ -73,11 +86,18 @@ def submit(settings: Settings, ledger: Ledger, stream: BinaryIO, order: Order) -
 
     Raises:
         InvalidInputFile: Lines are wrong, or name a model or a url that the engine does not serve.
-        InputError: The file has no rows.
+        InputError: The file has no rows, or its idempotency key is no key (invalid_idempotency_key) or that of
+            a batch of other rows (idempotency_conflict).
         SettingsError: The engine refuses LLM_API_KEY.
         StorageError: DATA_DIR cannot be written.
         Unreachable: The ledger does not answer.
     """
+    if order.idempotency_key is not None and not 0 < len(order.idempotency_key) <= MAX_KEY:
+        raise InputError(
+            f"An idempotency key has 1 to {MAX_KEY} characters, not {len(order.idempotency_key)}.",
+            "Name one, or leave --idempotency-key out.",
+            code="invalid_idempotency_key",
+        )
     state, trouble = asyncio.run(_engine(settings))
     model = order.model or settings.llm_model
     if not model and state is not None and len(state.models) == 1:
@@ -99,14 +119,20 @@ def submit(settings: Settings, ledger: Ledger, stream: BinaryIO, order: Order) -
         options = replace(options, rate=rate)
     batch_id = new_id("batch")
     folder = BatchFolder.of(settings.data_dir, batch_id)
+    note_new(folder)
     recorded = False
     try:
         planned = plan(stream, folder, options, name=order.filename)
+        crashpoint("submit.planned")
         if state is not None:
             asyncio.run(_check_served(settings, state, planned, order.filename))
         metadata = dict(order.metadata)
-        if order.resume and (earlier := ledger.unfinished_batch(planned.sha256, metadata)):
+        if order.idempotency_key is not None:
+            if earlier := _keyed(ledger, order.idempotency_key, planned):
+                return Submitted(earlier, planned.rows, True, trouble)
+        elif order.resume and (earlier := ledger.unfinished_batch(planned.sha256, metadata)):
             return Submitted(earlier, planned.rows, True, trouble)
+        twin = ledger.same_rows(planned.sha256)
         ledger.create_batch(
             batch_id=batch_id,
             input_file=FileRecord(
@@ -123,22 +149,53 @@ def submit(settings: Settings, ledger: Ledger, stream: BinaryIO, order: Order) -
             priority=order.priority,
             name=order.name,
             metadata=metadata,
+            window=order.window,
+            idempotency_key=order.idempotency_key,
         )
+        crashpoint("submit.recorded")
         recorded = True
+    except sa.exc.IntegrityError:
+        # Another submit with the same key was first.
+        earlier = _keyed(ledger, order.idempotency_key, planned) if order.idempotency_key is not None else None
+        if earlier is None:
+            raise
+        return Submitted(earlier, planned.rows, True, trouble)
     finally:
         # A commit may have been done though its answer never came: only what the ledger does not know goes.
-        if not recorded and not _known(ledger, batch_id):
+        known = recorded or _known(ledger, batch_id)
+        if known is False:
             shutil.rmtree(folder.root, ignore_errors=True)
-    return Submitted(batch_id, planned.rows, False, trouble)
+        if known is not None:
+            folder.note.unlink(missing_ok=True)
+    return Submitted(batch_id, planned.rows, False, trouble, twin)
 
 
-def _known(ledger: Ledger, batch_id: str) -> bool:
+def _keyed(ledger: Ledger, key: str, planned: Plan) -> str | None:
+    """Return the batch that has the key.
+
+    Raises:
+        InputError: Its rows are others (idempotency_conflict).
+    """
+    found = ledger.keyed_batch(key)
+    if found is None:
+        return None
+    batch_id, sha256 = found
+    if sha256 != planned.sha256:
+        raise InputError(
+            f"The idempotency key {key!r} is that of {batch_id}, which has other rows.",
+            "Name another key, or submit the same file in the same way.",
+            code="idempotency_conflict",
+        )
+    return batch_id
+
+
+def _known(ledger: Ledger, batch_id: str) -> bool | None:
     try:
         ledger.status(batch_id)
     except NotFound:
         return False
-    except MillraceError:  # nobody can tell; a folder too many is no harm
-        return True
+    except MillraceError:  # nobody can tell; the folder stays, and its note, for the reaper to look at
+        return None
     return True
 
 
@@ -161,7 +218,7 @@ async def _check_served(settings: Settings, state: EngineState, planned: Plan, f
     problems = []
     served = ", ".join(state.models) or "none"
     for model, line in planned.models.items():
-        if model not in state.models:
+        if model not in state.names:
             message = f"the engine does not serve the model {model!r}; it serves {served}."
             problems.append(Problem(line, "model_not_found", message, param="body.model"))
     if EMBEDDINGS in planned.urls and not problems:

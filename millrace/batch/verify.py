@@ -1,12 +1,16 @@
 """Verify: proof that every row of a batch has exactly one line, in order, and nobody changed it.
 
-It reads the input file, the output files and the sealed segments, and the ledger only for what it
-promised about them. Memory does not grow with the rows: output and errors follow the input's order, so
-one pass over the three files side by side is enough.
+It reads the input file, the output files and the segments, and the ledger only for what it promised about
+them. Memory does not grow with the rows: output and errors follow the input's order, so one pass over the
+three files side by side is enough.
+
+Wasted work is what was answered and does not count: answers beyond a seal, in segments that others replaced,
+or of rows that were answered elsewhere. It is no fault, but the price of what was killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,20 +18,29 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
+import sqlalchemy as sa
 
 from millrace.batch.folder import BatchFolder
+from millrace.batch.lease import Sealed
 from millrace.batch.ledger import Ledger
 from millrace.batch.lines import decode_input, request_name
-from millrace.batch.merge import sealed_segments
+from millrace.batch.merge import NEVER_RUN
 from millrace.batch.schema import Status
-from millrace.errors import InputError
+from millrace.batch.segments import read_lines
+from millrace.errors import InputError, StorageError
 
 MAX_FINDINGS = 20
+_NEVER_RUN = {code for code, _ in NEVER_RUN.values()}
+
+
+class _Error(msgspec.Struct):
+    code: str | None = None
 
 
 class _Line(msgspec.Struct):
     id: str
     custom_id: str
+    error: _Error | None = None
 
 
 @dataclass
@@ -39,12 +52,20 @@ class Report:
     rows: int = 0
     output_lines: int = 0
     error_lines: int = 0
+    #: Rows of the errors file that were never run: the batch was cancelled or expired.
+    never_run: int = 0
     segments: int = 0
-    #: How often shards were claimed beyond once each: after crashes, lost leases and shutdowns.
+    #: How often shards were claimed.
+    claims: int = 0
+    #: …beyond once each: after crashes, lost leases and shutdowns, and for retries.
     extra_claims: int = 0
+    #: Answers that do not count, and their tokens.
+    wasted_rows: int = 0
+    wasted_tokens: int = 0
     #: Bytes that were written and do not count: torn tails and what replaced runners went on writing.
     unsealed_bytes: int = 0
     findings: list[str] = field(default_factory=list)
+    more_findings: int = 0
 
     @property
     def ok(self) -> bool:
@@ -56,9 +77,11 @@ class Report:
         return {"ok": self.ok, **asdict(self)}
 
     def find(self, what: str) -> None:
-        """Add a finding; beyond MAX_FINDINGS the first ones say enough."""
+        """Add a finding; those beyond MAX_FINDINGS are counted."""
         if len(self.findings) < MAX_FINDINGS:
             self.findings.append(what)
+        else:
+            self.more_findings += 1
 
 
 def verify(ledger: Ledger, data_dir: Path, batch_id: str) -> Report:
@@ -66,19 +89,26 @@ def verify(ledger: Ledger, data_dir: Path, batch_id: str) -> Report:
 
     Raises:
         NotFound: There is no such batch.
-        InputError: It has not ended yet.
+        InputError: It has not ended yet (batch_not_ended), or has failed (batch_failed).
+        StorageError: Its folder is not there (batch_files_missing).
     """
     batch = ledger.batch(batch_id)
     status = Status(batch["millrace"]["status"])
-    if status not in (Status.COMPLETED, Status.CANCELLED, Status.EXPIRED):
+    if status is Status.FAILED:
+        raise InputError(
+            f"{batch_id} has failed and has no files to verify: {batch['errors']['data'][0]['message']}",
+            f"`millrace batch resume {batch_id}` runs what is missing.",
+            code="batch_failed",
+        )
+    if not status.final:
         raise InputError(
             f"{batch_id} is {status}; there is nothing to verify yet.",
             f"Wait for it: `millrace batch watch {batch_id}`.",
             code="batch_not_ended",
         )
-    folder = BatchFolder.of(data_dir, batch_id)
+    folder = BatchFolder.there(data_dir, batch_id)
     report = Report(batch_id, status)
-    # The files as such first: of a missing one, every row's finding would hide that.
+    # The files and segments as such first: of a missing one, every row's finding would hide that.
     for file_id, path in (
         (batch["input_file_id"], folder.input),
         (batch["output_file_id"], folder.output),
@@ -87,12 +117,19 @@ def verify(ledger: Ledger, data_dir: Path, batch_id: str) -> Report:
         if file_id is not None:
             record = ledger.file(file_id)
             _check_hash(report, path, record.bytes, record.sha256)
+    shards = ledger.shards(batch_id)
+    _check_segments(report, folder, shards)
     _check_rows(report, folder, batch_id)
-    total = batch["request_counts"]["total"]
-    if report.rows != total:
-        report.find(f"the input has {report.rows} rows, the ledger {total}")
-    _check_segments(report, ledger, folder, batch_id)
-    report.extra_claims = batch["millrace"]["claims"] - sum(shard.attempts > 0 for shard in ledger.shards(batch_id))
+    counts = batch["request_counts"]
+    for what, found, promised in (
+        ("the input has {} rows", report.rows, counts["total"]),
+        ("the output has {} lines", report.output_lines, counts["completed"]),
+        ("the errors file has {} lines of rows that failed", report.error_lines - report.never_run, counts["failed"]),
+    ):
+        if found != promised:
+            report.find(f"{what.format(found)}, the ledger counts {promised}")
+    report.claims = batch["millrace"]["claims"]
+    report.extra_claims = report.claims - sum(shard.attempts > 0 for shard in shards)
     return report
 
 
@@ -121,6 +158,7 @@ def _check_rows(report: Report, folder: BatchFolder, batch_id: str) -> None:
                     report.find(f"row {row} is {custom_id} in the input, {found} in its line")
             report.output_lines += answered is not None
             report.error_lines += failed is not None
+    report.never_run = errors.never_run
     output.end()
     errors.end()
 
@@ -132,6 +170,7 @@ class _Lines:
         self._report = report
         self._path = path
         self._prefix = request_name(batch_id, 0).decode()[:-1]
+        self.never_run = 0
         self._lines = self._read()
         self._next = next(self._lines, None)
 
@@ -159,15 +198,18 @@ class _Lines:
 
     def _read(self) -> Iterator[tuple[int, int, str]]:
         """Yield (line number, row or -1, custom_id)."""
-        if not self._path.exists():
+        try:
+            file = self._path.open("rb")
+        except OSError:  # which was found when its hash was to be taken; nobody needs an empty errors file
             return
-        with self._path.open("rb") as file:
+        with file:
             for number, raw in enumerate(file, 1):
                 try:
                     line = msgspec.json.decode(raw, type=_Line)
                 except (msgspec.MsgspecError, UnicodeDecodeError):
                     self._report.find(f"{self._path} line {number} is not an output line")
                     continue
+                self.never_run += line.error is not None and line.error.code in _NEVER_RUN
                 digits = line.id.removeprefix(self._prefix)
                 yield number, int(digits) if digits.isdecimal() else -1, line.custom_id
 
@@ -184,21 +226,52 @@ def _check_hash(report: Report, path: Path, size: int, sha256: str) -> None:
         report.find(f"{path} was changed: {length} bytes, {size} were recorded; sha256 {found[:12]}…")
 
 
-def _check_segments(report: Report, ledger: Ledger, folder: BatchFolder, batch_id: str) -> None:
-    sealed_bytes: dict[Path, int] = {}
-    for path, seal in sealed_segments(ledger, folder, batch_id):
-        report.segments += 1
-        sealed_bytes[path] = seal.bytes
+def _check_segments(report: Report, folder: BatchFolder, shards: list[sa.Row[Any]]) -> None:
+    files: dict[int, list[tuple[int, Path, int]]] = {}
+    for path in sorted(folder.segments.glob("*.*.jsonl")):
+        number, epoch = path.name.split(".")[:2]
+        if number.isdecimal() and epoch.isdecimal() and path.is_file():
+            files.setdefault(int(number), []).append((int(epoch), path, path.stat().st_size))
+    for shard in shards:
+        seals = {seal["epoch"]: Sealed(**seal) for seal in shard.segments}
+        for epoch, seal in seals.items():
+            report.segments += 1
+            path = folder.segment(shard.number, epoch)
+            try:
+                with path.open("rb") as file:
+                    digest = _digest(file, seal.bytes)
+            except OSError as error:
+                report.find(f"{path} cannot be read: {error.strerror}")
+                continue
+            if digest != seal.sha256:
+                report.find(f"{path} is not what was sealed")
+        beyond = [
+            (path, start)
+            for epoch, path, size in files.get(shard.number, ())
+            if size > (start := seals[epoch].bytes if epoch in seals else 0)
+        ]
+        if beyond:
+            _count_waste(report, folder, shard.number, seals, beyond)
+
+
+def _count_waste(
+    report: Report, folder: BatchFolder, number: int, seals: dict[int, Sealed], beyond: list[tuple[Path, int]]
+) -> None:
+    """Count what a shard's segments have beyond what was sealed; memory is that of one shard."""
+    counted = set()
+    for epoch, seal in seals.items():
+        with contextlib.suppress(StorageError):  # which was found above
+            counted |= {hash(raw) for _, raw in read_lines(folder.segment(number, epoch), seal.bytes)}
+    for path, start in beyond:
         try:
-            with path.open("rb") as file:
-                digest = _digest(file, seal.bytes)
-        except OSError as error:
-            report.find(f"{path} cannot be read: {error.strerror}")
-            continue
-        if digest != seal.sha256:
-            report.find(f"{path} is not what was sealed")
-    for path in sorted(folder.segments.glob("*.jsonl")):
-        report.unsealed_bytes += path.stat().st_size - sealed_bytes.get(path, 0)
+            report.unsealed_bytes += path.stat().st_size - start
+            for line, raw in read_lines(path, None, start):
+                # A retry copies the answers of the segments that it replaces.
+                if line.ok and hash(raw) not in counted:
+                    report.wasted_rows += 1
+                    report.wasted_tokens += line.prompt_tokens + line.completion_tokens
+        except (OSError, StorageError) as error:
+            report.find(f"{path} cannot be read: {error}")
 
 
 def _digest(file: BinaryIO, size: int) -> str:

@@ -60,9 +60,10 @@ def batch_object(row: sa.RowMapping, counts: sa.RowMapping) -> dict[str, Any]:
             "shards": {state.value: counts[state] for state in ShardState},
             "claims": int(counts["attempts"]),
             "created": row["created_at"],
-            "ended": next(
-                (row[f"{name}_at"] for name in ("completed", "cancelled", "failed", "expired") if row[f"{name}_at"]),
-                None,
-            ),
+            # While an expired batch is being merged, its stamp is there already.
+            "ended": row[f"{status}_at"] if Status(status).final else None,
+            "reason": row["reason"],
+            "expires": row["expires_at"],
+            "idempotency_key": row["idempotency_key"],
         },
     }

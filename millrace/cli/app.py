@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from millrace import __version__
-from millrace.cli import backend, backup, batch, config, demo, doctor, flower, models, work
 from millrace.cli.output import console, print_error
 from millrace.errors import InputError, MillraceError
 
-app = typer.Typer(
-    name="millrace",
-    help="Run files of prompts on your own models, and find every answer in the morning.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+#: Where each command or group of commands is; what is not asked for is not loaded.
+COMMANDS = {
+    "up": "work.up",
+    "worker": "work.worker",
+    "status": "work.status",
+    "chat": "work.chat",
+    "demo": "demo.demo",
+    "doctor": "doctor.doctor",
+    "flower": "flower.flower",
+    "selftest": "selftest.selftest",
+    "backup": "backup.backup",
+    "restore": "backup.restore",
+    "engine-sim": "models.engine_sim",
+    "batch": "batch.app",
+    "backend": "backend.app",
+    "config": "config.app",
+    "dlq": "dlq.app",
+    "models": "models.app",
+}
 
 
-@app.callback()
+def tree(name: str = "") -> typer.Typer:
+    """Return the command tree: with that command alone, or with all where there is none of that name."""
+    app = typer.Typer(
+        name="millrace",
+        help="Run files of prompts on your own models, and find every answer in the morning.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for command in [name] if name in COMMANDS else COMMANDS:
+        module, _, attribute = COMMANDS[command].rpartition(".")
+        found = getattr(import_module(f"millrace.cli.{module}"), attribute)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=command)
+        else:
+            app.command(command)(found)
+    return app
+
+
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
@@ -31,27 +63,14 @@ def _root(
         raise typer.Exit
 
 
-app.command("up")(work.up)
-app.command("worker")(work.worker)
-app.command("status")(work.status)
-app.command("chat")(work.chat)
-app.command("demo")(demo.demo)
-app.command("doctor")(doctor.doctor)
-app.command("flower")(flower.flower)
-app.command("backup")(backup.backup)
-app.command("restore")(backup.restore)
-app.command("engine-sim")(models.engine_sim)
-app.add_typer(batch.app, name="batch")
-app.add_typer(backend.app, name="backend")
-app.add_typer(config.app, name="config")
-app.add_typer(models.app, name="models")
-
-
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     as_json = "--json" in arguments
-    command = typer.main.get_command(app)
+    # No option before the command's name has a value.
+    command = typer.main.get_command(tree(next((word for word in arguments if not word.startswith("-")), "")))
+    gc.freeze()
+    gc.enable()
     try:
         code = command.main(arguments, prog_name="millrace", standalone_mode=False)
     except MillraceError as error:

@@ -17,7 +17,7 @@ from millrace import embedded, presence
 from millrace.batch.folder import storage_errors
 from millrace.batch.submit import open_input
 from millrace.cli.output import Json, print_json, say, size
-from millrace.cli.stack import LOOPBACK
+from millrace.embedded import LOOPBACK
 from millrace.errors import InputError, Unreachable
 from millrace.settings import Settings, get_settings, read_stack
 

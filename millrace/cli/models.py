@@ -11,6 +11,7 @@ from rich.table import Table
 
 from millrace.cli.fetching import fetching
 from millrace.cli.output import Json, answers, print_json, say, size
+from millrace.models.demo import OWN, write_own_hf
 from millrace.models.pull import pull
 from millrace.models.registry import model_files
 from millrace.models.tiny import make_tiny
@@ -94,6 +95,21 @@ def make_tiny_command(
         return
     answers.print(f"{made.gguf}  {size(made.gguf.stat().st_size)}, {made.parameters:,} random weights", markup=False)
     answers.print(f"{made.hf}  the same for vLLM", markup=False)
+
+
+@app.command("demo-hf")
+def demo_hf_command(
+    folder: Annotated[Path | None, typer.Argument(help="Where to write it; else millrace-demo in models/hf.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write Millrace's own demo model, which lies in models/gguf, as an HF folder for vLLM."""
+    settings = get_settings()
+    target = folder or settings.models_dir / "hf" / OWN
+    write_own_hf(settings, target)
+    if as_json:
+        print_json({"hf": str(target)})
+    else:
+        answers.print(f"{target}  the weights of {OWN}.gguf", markup=False)
 
 
 def engine_sim(

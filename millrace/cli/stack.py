@@ -22,16 +22,16 @@ from urllib.parse import urlsplit
 from millrace import embedded, presence
 from millrace.cli.fetching import fetching
 from millrace.cli.output import say
+from millrace.embedded import LOOPBACK
 from millrace.engine.client import EngineClient
 from millrace.engine.llama_process import Launch
 from millrace.engine.probes import EngineState, probe
 from millrace.engine.retry import EngineError, KeyRefused
 from millrace.errors import MillraceError, SettingsError, Unreachable
-from millrace.models.demo import ensure_model
+from millrace.models.demo import Wanted, ensure_model
 from millrace.settings import Settings, engine_override, get_settings, load
-from worker.supervisor import Supervisor
+from worker.supervisor import Heard, Supervisor
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 WORKERS_READY = 60.0  # seconds
 LOOK = 0.5  # seconds between looks at whether an embedded server still runs
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between tries to start it again
@@ -39,18 +39,21 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between tries to start it agai
 
 @dataclass
 class Stack:
-    """The parts, and which of them are ours. `noise` tells that the model's weights are random."""
+    """The parts, and which of them are ours."""
 
     settings: Settings
     engine: EngineState | None = None
-    noise: bool = False
-    #: Whether the demo's model may stand in for an engine that was named.
-    demo: bool = False
+    #: What to know before believing an answer; empty for a model that somebody chose.
+    caution: str = ""
+    #: Of `millrace demo`: which of its models; that one may stand in for an engine that was named.
+    demo: Wanted | None = None
     supervisor: Supervisor | None = None
     #: Those parts that this process has started, in words.
     ours: list[str] = field(default_factory=list)
     #: Set by SIGINT or SIGTERM: come to an end.
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    #: The number of the second one: end at once; 0 where there was none.
+    ended_by: int = 0
     #: Ends what is ours.
     cleanup: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
 
@@ -68,13 +71,14 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def running_stack(*, always_own_workers: bool, demo: bool = False) -> AsyncIterator[Stack]:
+async def running_stack(*, always_own_workers: bool, demo: Wanted | None = None) -> AsyncIterator[Stack]:
     """Yield a whole stack, and end what of it was started here.
 
     Args:
         always_own_workers: Start workers even where others are at work (`millrace up`); else they start
             with `Stack.ensure_workers`.
-        demo: The demo's model may stand in for an engine that LLM_SERVER_URL names.
+        demo: Which of the demo's models an embedded engine serves (see `ensure_model`); it may stand in for an
+            engine that LLM_SERVER_URL names.
 
     Raises:
         InputError: Another stack holds DATA_DIR.
@@ -127,15 +131,19 @@ def _listen_to_signals(stack: Stack) -> None:
     """First SIGINT or SIGTERM: come to an end in order. Second one: now."""
     loop = asyncio.get_running_loop()
 
+    signals = Heard()
+
     def heard(number: signal.Signals) -> None:
-        if stack.stopping.is_set():
-            say("Ending at once.")
-            if stack.supervisor is None:  # a file is being read, say: nothing else would end that
-                loop.remove_signal_handler(number)
-                os.kill(os.getpid(), number)
-                return
-            stack.supervisor.kill()
         stack.stopping.set()
+        if signals.hear() != "second" or stack.ended_by:
+            return
+        say("Ending at once.")
+        stack.ended_by = number
+        if stack.supervisor is None:  # a file is being read, say: nothing else would end that
+            loop.remove_signal_handler(number)
+            os.kill(os.getpid(), number)
+        else:
+            stack.supervisor.end_now()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, heard, number)
@@ -154,7 +162,7 @@ async def _start_servers(stack: Stack, has_redis: bool, cleanup: contextlib.Asyn
         stack.ours.append("Redis")
         _explain("Redis", settings.redis_address)
     if stack.engine is None:
-        launch, stack.noise = await asyncio.to_thread(_choose_engine, stack)
+        launch, stack.caution = await asyncio.to_thread(_choose_engine, stack)
         server = await asyncio.to_thread(_start_engine, stack, launch, guard)
         launch = replace(launch, port=urlsplit(server.url).port or 0)
         _keep(server, lambda: _start_engine(stack, launch, guard), guard, cleanup)
@@ -175,8 +183,8 @@ def _explain(what: str, where: str) -> None:
     say(f"{what} at {where} does not answer: using an embedded one.")
 
 
-def _choose_engine(stack: Stack) -> tuple[Launch, bool]:
-    """Return how to start the embedded engine, and whether its answers are noise."""
+def _choose_engine(stack: Stack) -> tuple[Launch, str]:
+    """Return how to start the embedded engine, and what to know before believing its answers."""
     settings = stack.settings
     host = urlsplit(settings.llm_server_url).hostname or ""
     if engine_override(settings.compose_file):
@@ -206,7 +214,7 @@ def _choose_engine(stack: Stack) -> tuple[Launch, bool]:
                 raise KeyboardInterrupt
             show(done, total)
 
-        model = ensure_model(settings, say=say, progress=progress)
+        model = ensure_model(settings, say=say, progress=progress, wanted=stack.demo)
 
     launch = Launch(
         model=str(model.path),
@@ -217,7 +225,7 @@ def _choose_engine(stack: Stack) -> tuple[Launch, bool]:
         threads=settings.n_threads,
         api_key=settings.engine_api_key,
     )
-    return launch, model.noise
+    return launch, model.caution
 
 
 def _start_engine(stack: Stack, launch: Launch, guard: embedded.Guard) -> embedded.Server:
@@ -252,17 +260,20 @@ async def _start_workers(stack: Stack, cleanup: contextlib.AsyncExitStack) -> No
     await stack.supervisor.start()
     cleanup.push_async_callback(stack.supervisor.stop)
     stack.ours.append("workers")
+    away: Unreachable | None = None
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(WORKERS_READY):
             while not stack.stopping.is_set():
-                names: list[str] = []
-                with contextlib.suppress(Unreachable):  # an embedded Redis may be about to come back
+                try:
                     names = [entry["name"] for entry in await asyncio.to_thread(presence.alive, settings)]
+                    away = None
+                except Unreachable as error:  # an embedded Redis may be about to come back
+                    names, away = [], error
                 if sum(f".{os.getpid()}@" in name for name in names) >= stack.supervisor.wanted:
                     return
                 await asyncio.sleep(0.1)
             return
-    raise Unreachable(
+    raise away or Unreachable(
         f"The workers did not start within {WORKERS_READY:g} s.",
         f"Their log is {settings.data_dir / 'log' / 'workers.log'}.",
         code="workers_failed",

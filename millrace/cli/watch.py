@@ -40,6 +40,7 @@ async def watch_batch(settings: Settings, ledger: Ledger, batch_id: str, stack: 
     with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(batch_id, total=None, rates="")
         reported = None
+        told = Status.IN_PROGRESS
         heard = time.monotonic()
         while True:
             batch = await asyncio.to_thread(ledger.batch, batch_id)
@@ -56,6 +57,9 @@ async def watch_batch(settings: Settings, ledger: Ledger, batch_id: str, stack: 
             else:
                 heard = time.monotonic()
             _show(bar, task, batch, history, trouble)
+            if status is Status.PAUSED and told is not Status.PAUSED:
+                say(paused(batch))
+            told = status
             if status.final:
                 return status
             if stack is not None and stack.stopping.is_set():
@@ -66,6 +70,13 @@ async def watch_batch(settings: Settings, ledger: Ledger, batch_id: str, stack: 
                 reported = trouble["message"]
                 say(f"Rows wait: {reported}")
             await asyncio.sleep(POLL)
+
+
+def paused(batch: dict[str, Any]) -> str:
+    """Return the sentence that says that a batch is paused, and why."""
+    reason = batch["millrace"]["reason"]
+    why = f": {reason.rstrip('.')}" if reason else ""
+    return f"{batch['id']} is paused{why}. `millrace batch resume {batch['id']}` goes on with it."
 
 
 def _show(

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from millrace import presence
+from millrace import dead_letters, presence
 from millrace.batch.ledger import Ledger
 from millrace.batch.lines import CHAT
 from millrace.cli.output import Json, answers, console, print_json, say
@@ -27,9 +27,10 @@ from millrace.engine.interactive import Caller
 from millrace.errors import InputError, MillraceError, Unreachable
 from millrace.settings import Settings, get_settings
 from worker.exporter import metrics_server
-from worker.supervisor import Supervisor
+from worker.supervisor import Heard, Supervisor
 
 LOOPBACK = "127.0.0.1"
+DRAINING = "Draining: requests in flight are answered, the rest is kept. Ctrl-C again ends at once."
 STATUS_LINE = 1.0  # seconds between its changes
 
 
@@ -45,8 +46,8 @@ async def _up(*, as_json: bool) -> None:
     async with running_stack(always_own_workers=True) as stack:
         assert stack.supervisor is not None
         settings = stack.settings
-        if stack.noise:
-            say("The model's weights are random: its answers are noise. Set MODEL_PATH to use a real one.")
+        if stack.caution:
+            say(stack.caution)
         if as_json:
             print_json(
                 {
@@ -58,9 +59,10 @@ async def _up(*, as_json: bool) -> None:
             )
         async with _http_servers(settings, stack.supervisor):
             await _status_line(stack)
-        if not stack.stopping.is_set():
-            return
-        say("Draining: requests in flight are answered, the rest is kept. Ctrl-C again ends at once.")
+        if stack.stopping.is_set():
+            say(DRAINING)
+    if stack.ended_by:
+        raise typer.Exit(128 + stack.ended_by)
 
 
 async def _status_line(stack: Stack) -> None:
@@ -137,24 +139,32 @@ async def _worker(settings: Settings, listen: str) -> None:
     supervisor = Supervisor(settings, started=guard.watch, ended=guard.forget)
     stopping = asyncio.Event()
 
-    def heard() -> None:
-        if stopping.is_set():
-            supervisor.kill()
+    signals = Heard()
+    ended_by = 0
+
+    def heard(number: signal.Signals) -> None:
+        nonlocal ended_by
         stopping.set()
+        if signals.hear() == "second" and not ended_by:
+            ended_by = number
+            say("Ending at once.")
+            supervisor.end_now()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, heard)
+        loop.add_signal_handler(number, heard, number)
     try:
         await supervisor.start()
         async with _http_servers(settings, supervisor, listen):
             say(f"{supervisor.wanted} worker processes on Redis {settings.redis_address}. Ctrl-C drains.")
             await stopping.wait()
-            say("Draining: requests in flight are answered, the rest is kept. Ctrl-C again ends at once.")
+            say(DRAINING)
         await supervisor.stop()
     finally:
         supervisor.kill()
         guard.close()
+    if ended_by:
+        raise typer.Exit(128 + ended_by)
 
 
 @contextlib.asynccontextmanager
@@ -215,10 +225,12 @@ def status(as_json: Json = False) -> None:
     try:
         report["workers"] = presence.alive(settings)
         report["trouble"] = presence.trouble(settings)
+        with presence.connect(settings) as client:
+            report["dead_letters"] = dead_letters.count(client, settings)
         report["redis"]["ok"] = True
     except Unreachable as error:
         report["redis"] |= {"ok": False, "error": error.as_dict()}
-        report["workers"], report["trouble"], reached = [], None, False
+        report["workers"], report["trouble"], report["dead_letters"], reached = [], None, None, False
     try:
         state = asyncio.run(engine_state(settings))
         report["engine"] = {"ok": state is not None, "url": settings.engine_root} | (state.as_dict() if state else {})
@@ -264,6 +276,9 @@ def _print_status(settings: Settings, report: dict[str, Any]) -> None:
         counts = batch["request_counts"]
         done = counts["completed"] + counts["failed"]
         table.add_row("[bold]batch[/]", f"{batch['id']}: {batch['millrace']['status']}, {done}/{counts['total']} rows")
+    if letters := report["dead_letters"]:
+        what = "1 task or message" if letters == 1 else f"{letters} tasks or messages"
+        table.add_row("[bold]dead[/]", f"[yellow]{what} failed for good; `millrace dlq list` names them[/]")
     if report["trouble"]:
         table.add_row("[bold]waiting[/]", f"[yellow]{escape(report['trouble']['message'])}[/]")
     answers.print(table)

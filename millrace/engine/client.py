@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import time
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -26,6 +28,8 @@ from millrace.settings import Settings
 
 CONNECT_TIMEOUT = 10.0  # seconds
 KEEP_ALIVE = 4.0  # seconds; vLLM closes idle connections after 5, and a race loses a request
+#: A host that does not answer for a minute while a request is in flight is gone: tcp(7), seconds and times.
+PROBES = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 
 class Usage(msgspec.Struct):
@@ -39,6 +43,7 @@ class _Answer(msgspec.Struct):
     choices: list[msgspec.Raw] | None = None
     data: list[msgspec.Raw] | None = None
     usage: Usage | None = None
+    model: Any = None
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
@@ -52,6 +57,8 @@ class Answer:
     request_id: str
     prompt_tokens: int
     completion_tokens: int
+    #: The model's name in the answer; empty where it has none.
+    model: str = ""
 
 
 class EngineClient:
@@ -64,17 +71,29 @@ class EngineClient:
 
     def __init__(self, root: str, api_key: str | None = None) -> None:
         self.root = root
+        #: When the newest connection was begun, on the monotonic clock: a connection belongs to one process.
+        self.newest_connection = float("-inf")
         self._urls: dict[str, URL] = {}
         headers = {"Content-Type": "application/json"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
         self._session = aiohttp.ClientSession(
             headers=headers,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, socket_factory=self._socket),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
             # The engine's answers are small and local; asking for compression costs both sides CPU.
             skip_auto_headers=("Accept-Encoding", "User-Agent"),
         )
+
+    def _socket(self, address: aiohttp.AddrInfoType) -> socket.socket:
+        self.newest_connection = time.monotonic()
+        made = socket.socket(*address[:3])
+        # A host that is gone sends no reset, and an answer may be half an hour away: the kernel asks meanwhile.
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in PROBES.items():
+            if hasattr(socket, option):  # macOS has other names
+                made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        return made
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -128,6 +147,7 @@ class EngineClient:
             request_id=headers.get("X-Request-Id", ""),
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens or 0,
+            model=decoded.model if isinstance(decoded.model, str) else "",
         )
 
     async def get(self, path: str, limit: float = 5.0) -> Any:

@@ -7,18 +7,12 @@ llama_cpp/server/app.py (its models are owned by "me"; one request at a time).
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from millrace.engine.client import EngineClient
-from millrace.engine.retry import EngineError, KeyRefused, RequestRefused
-
-log = logging.getLogger(__name__)
-
-_FIRST_WAIT, _LONGEST_WAIT = 0.2, 5.0  # seconds between probes of an engine that is down
+from millrace.engine.retry import BadResponse, EngineError, KeyRefused, RequestRefused
 
 
 @dataclass(frozen=True)
@@ -35,6 +29,17 @@ class EngineState:
     #: Tokens that fit one request, prompt and answer; None where it does not say.
     context: int | None = None
     version: str = ""
+    #: Further names of its models.
+    aliases: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """Every name it answers to; empty where it lists none."""
+        return [*self.models, *self.aliases]
+
+    def serves(self, model: str) -> bool:
+        """Whether it answers to a model's name; one that lists no models may serve any."""
+        return not self.models or model in self.names
 
     def as_dict(self) -> dict[str, Any]:
         """Return the state as a JSON object."""
@@ -45,14 +50,25 @@ async def probe(client: EngineClient) -> EngineState:
     """Ask an engine what it is and what it serves.
 
     Raises:
-        EngineError: It does not answer, is loading, or refuses our key.
+        EngineError: It does not answer, is loading, refuses our key, or says what no engine would.
     """
+    try:
+        return await _probe(client)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadResponse(
+            f"What answers at {client.root} says of itself what cannot be: {error}.", "Check LLM_SERVER_URL."
+        ) from error
+
+
+async def _probe(client: EngineClient) -> EngineState:
     with contextlib.suppress(RequestRefused):  # an engine without /health is judged by its models
         await client.check("/health")  # vLLM's has an empty body
     listed = await client.get("/v1/models")
     data = listed.get("data") if isinstance(listed, dict) else None
     entries = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
     models = [str(entry["id"]) for entry in entries if "id" in entry]
+    listed_too = [entry.get("aliases") for entry in entries]  # llama.cpp's --alias a,b
+    aliases = [str(name) for names in listed_too if isinstance(names, list) for name in names if name not in models]
     props = await _optional(client, "/props")
     if "total_slots" in props:
         settings = props.get("default_generation_settings", {})
@@ -63,6 +79,7 @@ async def probe(client: EngineClient) -> EngineState:
             slots=int(props["total_slots"]),
             context=int(settings.get("n_ctx", 0)) or None,
             version=str(props.get("build_info", "")),
+            aliases=aliases,
         )
     context = next((entry["max_model_len"] for entry in entries if entry.get("max_model_len")), None)
     version = await _optional(client, "/version")
@@ -92,59 +109,3 @@ async def _optional(client: EngineClient, path: str) -> dict[str, Any]:
     except EngineError:
         return {}
     return answer if isinstance(answer, dict) else {}
-
-
-class Watch:
-    """Whether the engine is up, for the requests of one event loop.
-
-    Requests that fail to reach it call `report`; until a probe succeeds, `wait` holds the others back.
-    """
-
-    def __init__(self, client: EngineClient) -> None:
-        self._client = client
-        self._up = asyncio.Event()
-        self._up.set()
-        self._probing: asyncio.Task[None] | None = None
-        #: Why the engine is down; None while it is up.
-        self.trouble: EngineError | None = None
-
-    @property
-    def up(self) -> bool:
-        """Whether the last thing heard of the engine was good."""
-        return self.trouble is None
-
-    def report(self, error: EngineError) -> None:
-        """Hold requests back until the engine answers a probe."""
-        if self.trouble is None:
-            log.warning("%s Rows wait until it answers.", error.message)
-            self.trouble = error
-            self._up.clear()
-            self._probing = asyncio.create_task(self._probe())
-
-    async def wait(self) -> None:
-        """Return once the engine is up."""
-        await self._up.wait()
-
-    async def close(self) -> None:
-        """Stop probing."""
-        if self._probing is not None:
-            self._probing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._probing
-
-    async def _probe(self) -> None:
-        pause = _FIRST_WAIT
-        while True:
-            try:
-                await probe(self._client)
-            except EngineError as error:
-                if isinstance(error, KeyRefused) and not isinstance(self.trouble, KeyRefused):
-                    log.error("%s", error)
-                self.trouble = error
-            else:
-                log.warning("The engine at %s answers again.", self._client.root)
-                self.trouble = None
-                self._up.set()
-                return
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_WAIT)

@@ -49,7 +49,7 @@ def client(server: OwnRedis) -> Iterator[Any]:
 @pytest.fixture
 def ready(cli: Cli, server: OwnRedis, engine: Engine) -> Cli:
     engine.script(rules=[], tokens_per_second=0)
-    cli.environment |= {"REDIS_URL": server.url, "LLM_SERVER_URL": engine.url}
+    cli.environment |= {"REDIS_URL": server.url, "LLM_SERVER_URL": engine.url, "BATCH_PROCESSES": "1"}
     return cli
 
 
@@ -108,7 +108,8 @@ def test_the_drill(ready: Cli, server: OwnRedis, client: Any) -> None:
 def test_a_batch_that_went_on(ready: Cli, engine: Engine) -> None:
     """Half done at the backup, which is made beside the worker; done; restored; and done again with nothing asked twice."""
     ready.environment |= {"BATCH_SHARD_SECONDS": "1", "BATCH_CONCURRENCY": "4"}
-    engine.script(rules=[], tokens_per_second=60, answer_tokens=8)
+    engine.script(rules=[], tokens_per_second=20, answer_tokens=8)
+    before = engine.stats()["requests"]
     ready.write("q.jsonl", batch_file(200))
     batch = ready.run("batch", "submit", "q.jsonl", "--json").json["id"]
 
@@ -116,6 +117,7 @@ def test_a_batch_that_went_on(ready: Cli, engine: Engine) -> None:
         return int(ready.run("batch", "show", batch, "--json").json["request_counts"]["completed"])
 
     with worker(ready):
+        engine.wait_for(lambda stats: stats["requests"] >= before + 10, 60)
         until(lambda: answered() >= 10, "some answers")
         done = ready.run("backup", "half.tar.gz", "--json")
         assert done.code == 0, done
@@ -347,7 +349,7 @@ def test_a_backup_of_another_version(ready: Cli, client: Any) -> None:
         writer.finish(archive.Source("redis://localhost", "7.0", False, "sqlite:///x.db", "9999"))
     client.set("k", "now")
     done = ready.run("restore", "b.tar.gz", "--yes", "--json")
-    fails(done, 2, "backup_revision", "version 9999", "version 0001")
+    fails(done, 2, "backup_revision", "version 9999", "version 0002")
     assert client.get("k") == "now"
     assert not ready.data.exists()
 

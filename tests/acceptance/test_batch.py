@@ -39,7 +39,8 @@ def lines(done: Done) -> list[Any]:
 def test_submit_watch_show_results_verify_list(cli: Cli) -> None:
     told = submit(cli, "questions.jsonl", batch_file(20), "--name", "twenty [/questions]", "--priority", "high")
     batch_id = told["id"]
-    assert told == {"id": batch_id, "rows": 20, "status": "in_progress", "waiting_for": None}
+    new = {"existing": False, "same_rows_as": None}
+    assert told == {"id": batch_id, "rows": 20, "status": "in_progress", "waiting_for": None} | new
     watched = finish(cli, batch_id)
     assert watched.code == 0, watched
 
@@ -104,6 +105,16 @@ def test_prompts_of_a_text_file(cli: Cli) -> None:
     sent = [row["body"]["messages"] for row in sent_rows(cli)]
     assert [messages[-1]["content"] for messages in sent] == ["One?", "Two?", "Thrée?"]
     assert all(messages[0] == {"role": "system", "content": "Be brief."} for messages in sent)
+
+
+def test_a_run_with_a_key_runs_once(cli: Cli) -> None:
+    path = cli.write("k.txt", "One?\nTwo?\n")
+    first = cli.run("batch", "run", path, "-o", "k1.out", "--idempotency-key", "k", "--json")
+    again = cli.run("batch", "run", path, "-o", "k2.out", "--idempotency-key", "k", "--window", "1h", "--json")
+    assert (first.code, again.code) == (0, 0), again
+    assert again.json["id"] == first.json["id"]
+    assert "2 of 2 rows are answered" in again.err
+    assert cli.rows("k1.out") == cli.rows("k2.out")
 
 
 def test_a_template_over_csv(cli: Cli) -> None:
@@ -171,6 +182,38 @@ def test_a_prompt_that_does_not_fit_fails_alone(cli: Cli) -> None:
     assert json.loads(errors.out)["custom_id"] == "row-1"
     assert cli.run("batch", "verify", batch["id"], "--json").json["error_lines"] == 1
     assert finish(cli, batch["id"]).code == 1
+    assert "1 failed row is run again" in cli.run("batch", "retry", batch["id"]).err
+    again = finish(cli, batch["id"])
+    assert (again.code, again.json["status"]) == (1, "completed")
+    assert again.json["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
+    assert cli.run("batch", "verify", batch["id"], "--json").json["ok"] is True
+
+
+def test_pause_follow_and_resume(cli: Cli) -> None:
+    batch_id = submit(cli, "paused.jsonl", batch_file(3000, max_tokens=64), "-p", "urgent")["id"]
+    with cli.start("batch", "results", batch_id, "--follow") as follower:
+        follower.until(lambda: follower.out, "a first answer")
+        assert cli.run("batch", "pause", batch_id).code == 0
+        with cli.start("batch", "watch", batch_id) as watcher:
+            watcher.until(lambda: f"{batch_id} is paused. " in watcher.err, "the word that it is paused")
+            follower.until(lambda: f"{batch_id} is paused. " in follower.err, "the word that it is paused")
+            paused = until(lambda: resting(cli, batch_id), "a batch that nobody runs")["request_counts"]["completed"]
+            assert paused < 3000
+            follower.until(lambda: follower.out.count("\n") == paused, "its answers, and no more")
+            assert cli.run("batch", "resume", batch_id).code == 0
+            follower.until(lambda: follower.out.count("\n") > paused, "more answers")
+            assert cli.run("batch", "cancel", batch_id).code == 0
+            watched, followed = watcher.wait(), follower.wait()
+    assert (watched.code, watched.err.count("is paused")) == (1, 1)
+    assert sorted(followed.out.splitlines()) == sorted(cli.run("batch", "results", batch_id).out.splitlines())
+    verified = cli.run("batch", "verify", batch_id, "--json").json
+    assert (verified["ok"], verified["output_lines"]) == (True, followed.out.count("\n"))
+
+
+def resting(cli: Cli, batch_id: str) -> Any:
+    """The batch, once all its runners have given back what they held."""
+    batch = cli.run("batch", "show", batch_id, "--json").json
+    return batch if not batch["millrace"]["shards"]["leased"] else None
 
 
 def test_cancel(cli: Cli) -> None:
@@ -203,7 +246,7 @@ def test_an_unknown_batch(cli: Cli, command: str) -> None:
 
 
 def test_a_head_that_has_seen_enough(cli: Cli) -> None:
-    batch = cli.run("batch", "list", "--limit", "1", "--json").json["data"][0]["id"]
+    batch = cli.run("batch", "run", cli.write("h.txt", "One?\nTwo?\n"), "-o", "h.out", "--json").json["id"]
     pipe = subprocess.run(
         ["sh", "-c", f"{MILLRACE} batch results {batch} | head -c 10"],
         cwd=cli.folder,

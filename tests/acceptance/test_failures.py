@@ -70,6 +70,7 @@ def test_a_locked_ledger(ready: Cli) -> None:
     assert ready.run("batch", "list").code == 0
     with contextlib.closing(sqlite3.connect(ready.data / "ledger.db", isolation_level=None)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
+        ready.impatient("millrace.batch.database", LOCK_WAIT=0.5)
         one_sentence(ready.run("batch", "submit", "q.jsonl"), "ledger_locked", "ledger.db", "locked by another program")
         holder.execute("ROLLBACK")
     assert ready.run("batch", "list", "--json").json["data"] == []

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from millrace import __version__
-from millrace.cli.app import app
+from millrace.cli.app import tree
 from tests.cli import Cli
 
 #: The commands that print an answer.
@@ -24,15 +24,19 @@ ANSWER = {
     "chat",
     "demo",
     "doctor",
+    "selftest",
     "backend start",
     "backend switch",
     "config init",
     "config check",
     "config show",
+    "models demo-hf",
     "models list",
     "models make-tiny",
     "models pull",
-    *(f"batch {name}" for name in ("submit", "run", "list", "show", "watch", "cancel", "results", "verify")),
+    *(f"dlq {name}" for name in ("list", "show", "retry", "purge")),
+    *(f"batch {name}" for name in ("submit", "run", "list", "show", "watch", "results", "verify")),
+    *(f"batch {name}" for name in ("cancel", "pause", "resume", "retry", "priority", "delete")),
 }
 #: Those that serve until they are ended.
 SERVE = {"worker", "flower", "engine-sim"}
@@ -49,9 +53,9 @@ def commands() -> dict[str, typer.core.TyperCommand]:
             else:
                 found[" ".join((*path, name))] = command
 
-    tree = typer.main.get_command(app)
-    assert isinstance(tree, TyperGroup)
-    walk(tree, ())
+    root = typer.main.get_command(tree())
+    assert isinstance(root, TyperGroup)
+    walk(root, ())
     return found
 
 

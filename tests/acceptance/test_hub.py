@@ -35,6 +35,7 @@ def hub_cli(hub: Hub, tmp_path: Path, new_cli: Callable[..., Cli]) -> Iterator[C
         "HF_ENDPOINT": hub.url,
         "DEMO_MODEL_REPO": REPO,
         "DEMO_MODEL_FILE": FILE,
+        "BATCH_PROCESSES": 1,
     }
     made = new_cli(tmp_path / "home", **chosen)
     (made.folder / "prompts.txt").write_text("one\ntwo\n")

@@ -29,6 +29,8 @@ pytestmark = [
 ]
 
 HELLO = [{"role": "user", "content": "hello"}]
+#: Answers take longer than two heartbeats, so a worker has seen a hold before they are there.
+SLOW = [{"then": {"do": "slow", "seconds": 5}}]
 
 
 @dataclass
@@ -55,7 +57,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("hold")
     with redis_server(folder) as url, scripted_engine(slots=4) as engine:
         settings = Settings(redis_url=url, llm_server_url=engine.url, data_dir=folder / "data")
-        with celery_worker(folder, "--concurrency", "2", redis_url=url, llm_server_url=engine.url):
+        # The reaper comes as often as leases run out.
+        options = {"redis_url": url, "llm_server_url": engine.url, "batch_lease_seconds": 3}
+        with celery_worker(folder, "--concurrency", "2", **options):
             app = Celery(broker=url, backend=url)
             yield Stack(settings, engine, app)
             app.close()
@@ -78,25 +82,24 @@ def test_a_task_waits_in_its_queue_and_is_answered_afterwards(stack: Stack) -> N
 
 
 def test_what_runs_is_answered_before_the_worker_is_at_rest(stack: Stack) -> None:
-    stack.engine.script(tokens_per_second=1)
-    running = stack.app.send_task("inference.chat", args=[HELLO], kwargs={"max_tokens": 30}, queue="interactive")
-    stack.engine.wait_for(lambda stats: stats["working"] == 1)
+    stack.engine.script(rules=SLOW)
+    running = stack.chat()
+    stack.engine.wait_for(lambda stats: stats["in_flight"] == 1)
     with hold.hold(stack.settings, "a test") as held:
         until(lambda: any(entry.get("engine_tasks") == 1 for entry in held.busy()), "a worker that says so")
-        stack.engine.script(tokens_per_second=0)
         assert held.wait(60)
         assert running.ready()
     assert running.get(timeout=30)["choices"]
 
 
 def test_what_a_worker_has_taken_ahead_goes_back_to_its_queue(stack: Stack) -> None:
-    stack.engine.script(tokens_per_second=2)
+    stack.engine.script(rules=SLOW)
     sent = [stack.chat() for _ in range(8)]
-    stack.engine.wait_for(lambda stats: stats["working"] == 2)
+    stack.engine.wait_for(lambda stats: stats["in_flight"] == 2)
     with hold.hold(stack.settings, "a test") as held:
         assert held.wait(60)
         until(lambda: stack.queued() == 6, "the other six in their queue")
-        stack.engine.script(tokens_per_second=0)
+        stack.engine.script(rules=[])
     assert all(result.get(timeout=30)["choices"] for result in sent)
 
 

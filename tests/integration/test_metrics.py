@@ -18,7 +18,7 @@ import pytest
 from celery import Celery
 from celery.result import AsyncResult
 
-from millrace import metrics
+from millrace import metrics, presence
 from millrace.batch.ledger import Ledger
 from millrace.settings import Settings
 from tests.cli import Cli, batch_file, request
@@ -67,7 +67,7 @@ def worker(cli: Cli, redis: str, engine: Engine, *options: str) -> Iterator[Any]
     cli.environment |= {"REDIS_URL": redis, "LLM_SERVER_URL": engine.url}
     with cli.start("worker", *options) as running:
         wanted = 1 + int(cli.environment.get("BATCH_PROCESSES", 2))
-        running.until(lambda: len(cli.run("status", "--json").json["workers"]) == wanted, "its processes")
+        running.until(lambda: len(presence.alive(Settings(redis_url=redis))) == wanted, "its processes")
         yield running
 
 
@@ -217,6 +217,7 @@ def test_without_a_supervisor_the_celery_worker_serves(tmp_path: Path, port: int
 
 
 def test_a_port_that_is_taken_is_named(cli: Cli, port: int, tmp_path: Path) -> None:
+    cli.environment["BATCH_PROCESSES"] = "1"
     with socket.socket() as taken, redis_server(tmp_path) as redis, scripted_engine() as engine:
         taken.bind(("127.0.0.1", port))
         taken.listen()
@@ -228,7 +229,7 @@ def test_a_port_that_is_taken_is_named(cli: Cli, port: int, tmp_path: Path) -> N
 
 
 def test_no_port_no_server(cli: Cli, tmp_path: Path) -> None:
-    cli.environment["METRICS_PORT"] = "0"
+    cli.environment |= {"METRICS_PORT": "0", "BATCH_PROCESSES": "1"}
     with redis_server(tmp_path) as redis, scripted_engine() as engine, worker(cli, redis, engine) as running:
         assert "metrics" not in running.err
         for process in cli.processes():
@@ -240,7 +241,7 @@ def test_listen(cli: Cli, port: int, tmp_path: Path) -> None:
     assert wrong.code == 2
     assert "--listen everywhere is no IP address." in wrong.err
     health = free_port()
-    cli.environment |= {"HEALTH_CHECK_ENABLED": "true", "HEALTH_CHECK_PORT": str(health)}
+    cli.environment |= {"HEALTH_CHECK_ENABLED": "true", "HEALTH_CHECK_PORT": str(health), "BATCH_PROCESSES": "1"}
     # Another address of loopback stands for those of the network.
     with (
         redis_server(tmp_path) as redis,

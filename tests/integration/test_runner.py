@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from millrace.batch import planner
+from millrace.batch import planner, runner
+from millrace.batch.again import resume
 from millrace.batch.folder import BatchFolder
 from millrace.batch.lease import Leases
 from millrace.batch.ledger import Ledger
@@ -248,18 +249,18 @@ def test_a_refused_row_is_asked_once(settings: Settings, ledger: Ledger) -> None
     assert errors[0]["response"]["body"] == {"error": "no\nway"}
 
 
-def test_a_model_that_is_not_served_is_named_with_those_that_are(settings: Settings, ledger: Ledger) -> None:
-    lines = rows(6)
-    lines[2]["body"]["model"] = "other"
-    batch = planned(settings, ledger, lines)
-    with scripted_engine(dialect="vllm", models=["scripted", "second"]) as engine:
+def test_a_model_that_is_listed_and_not_found_is_named_with_those_that_are(settings: Settings, ledger: Ledger) -> None:
+    batch = planned(settings, ledger, rows(6))
+    said = {"error": {"message": "The model `scripted` does not exist.", "type": "NotFoundError", "code": 404}}
+    rule = {"when": {"contains": '"row 2"'}, "then": {"do": "status", "status": 404, "body": said}}
+    with scripted_engine(dialect="vllm", models=["scripted", "second"], rules=[rule]) as engine:
         run(on(settings, engine), ledger)
         assert set(calls(engine).values()) == {1}
     output, errors = ended(settings, ledger, batch)
     assert len(output) == 5
     assert names(errors) == ["row 2"]
     assert errors[0]["error"]["code"] == "model_not_found"
-    assert "`other` does not exist" in errors[0]["error"]["message"]
+    assert "`scripted` does not exist" in errors[0]["error"]["message"]
     assert "It serves scripted, second." in errors[0]["error"]["message"]
 
 
@@ -278,12 +279,12 @@ def test_an_engine_that_asks_for_less_is_obeyed(settings: Settings, ledger: Ledg
 
 
 def test_a_fault_that_passes_fails_no_row(settings: Settings, ledger: Ledger) -> None:
-    batch = planned(settings, ledger, rows(5))
+    batch = planned(settings, ledger, rows(4))  # fewer than make the breaker ask by itself
     rule = {"when": {"first_attempts": 3}, "then": {"do": "status", "status": 500}}
     with scripted_engine(rules=[rule]) as engine:
         run(on(settings, engine, batch_row_attempts=4), ledger)
         assert set(calls(engine).values()) == {4}
-    all_right(settings, ledger, batch, 5)
+    all_right(settings, ledger, batch, 4)
 
 
 def test_a_fault_that_does_not_pass_fails_the_row_after_its_tries(settings: Settings, ledger: Ledger) -> None:
@@ -291,7 +292,8 @@ def test_a_fault_that_does_not_pass_fails_the_row_after_its_tries(settings: Sett
     rule = {"when": {"contains": '"row 4"'}, "then": {"do": "status", "status": 500, "body": "not JSON\n at all"}}
     with scripted_engine(rules=[rule]) as engine:
         run(on(settings, engine, batch_row_attempts=2), ledger)
-        assert sorted(calls(engine).values()) == [1, 1, 1, 1, 1, 2]
+        # The breaker may have asked one thing more, to see that the engine works.
+        assert sorted(calls(engine).values())[-2:] == [1, 2]
     output, errors = ended(settings, ledger, batch)
     assert len(output) == 5
     assert errors[0]["error"]["code"] == "server_error"
@@ -300,12 +302,12 @@ def test_a_fault_that_does_not_pass_fails_the_row_after_its_tries(settings: Sett
 
 @pytest.mark.parametrize("fault", ["garbage", "half", "cut"])
 def test_an_answer_that_is_none_is_asked_for_again(settings: Settings, ledger: Ledger, fault: str) -> None:
-    batch = planned(settings, ledger, rows(8))
+    batch = planned(settings, ledger, rows(4))
     with scripted_engine(rules=[{"when": {"first_attempts": 1}, "then": {"do": fault}}]) as engine:
         run(on(settings, engine), ledger)
         assert set(calls(engine).values()) == {2}
-        assert engine.stats()["faults"] == {fault: 8}
-    all_right(settings, ledger, batch, 8)
+        assert engine.stats()["faults"] == {fault: 4}
+    all_right(settings, ledger, batch, 4)
 
 
 @pytest.mark.parametrize("fault", ["hang", "hang_after_headers"])
@@ -512,6 +514,94 @@ def test_a_batch_that_is_cancelled_keeps_what_was_answered(settings: Settings, l
     assert {line["error"]["code"] for line in errors} == {"batch_cancelled"}
 
 
+def test_a_paused_batch_keeps_the_rows_in_flight_and_drops_those_that_take_too_long(
+    settings: Settings, ledger: Ledger, one_shard: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "DRAIN", 1.0)
+    batch = planned(settings, ledger, rows(30))
+    rule = {"when": {"contains": '"row 7"'}, "then": {"do": "hang"}}
+    with scripted_engine(slots=10, ttft_ms=400, rules=[rule]) as engine:
+        here = on(settings, engine, batch_concurrency=10)
+        with Running(here, ledger, ttl=SHORT) as running:
+            engine.wait_for(lambda stats: stats["in_flight"] == 10)
+            assert ledger.pause(batch) is Status.PAUSED
+            outcome = running.result()
+        engine.wait_for(lambda stats: stats["in_flight"] == 0)
+        # Every request was answered and kept, but for the one.
+        stats = engine.stats()
+        assert stats["cancelled"] == 1
+        assert outcome.rows == stats["by_status"]["200"] == stats["requests"] - 1 < 30
+        (shard,) = ledger.shards(batch)
+        assert (shard.state, shard.attempts, shard.completed) == ("ready", 0, outcome.rows)
+        engine.script(rules=[], ttft_ms=10)
+        resume(ledger, settings.data_dir, batch)
+        assert run(here, ledger).rows == 30 - outcome.rows
+    all_right(settings, ledger, batch, 30)
+
+
+def test_cancelling_stops_the_engines_work_within_one_renewal(
+    settings: Settings, ledger: Ledger, one_shard: None
+) -> None:
+    batch = planned(settings, ledger, rows(20))
+    with scripted_engine(slots=20, rules=[{"then": {"do": "hang"}}]) as engine:
+        with Running(on(settings, engine, batch_concurrency=20), ledger, ttl=SHORT) as running:
+            engine.wait_for(lambda stats: stats["in_flight"] == 20)
+            cancelled = time.monotonic()
+            ledger.cancel(batch)
+            running.result()
+        engine.wait_for(lambda stats: stats["in_flight"] == 0)
+        ends = [entry["t"] for entry in engine.log() if entry["event"] == "end" and entry["cancelled"]]
+    assert len(ends) == 20
+    assert max(ends) - cancelled < SHORT / 3 + 1.0
+
+
+# The lease
+
+
+def test_a_sync_that_hangs_does_not_cost_the_lease(
+    settings: Settings, ledger: Ledger, one_shard: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = planned(settings, ledger, rows(10))
+    hangs, sync = threading.Event(), os.fsync
+
+    def hanging(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().suffix == ".jsonl":
+            hangs.wait(WAIT)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", hanging)
+    with scripted_engine(slots=10) as engine, Running(on(settings, engine), ledger, ttl=2.0) as running:
+        until(lambda: answered(ledger, batch) == 10)
+        (before,) = ledger.shards(batch)
+        # Two leases further on it is still held.
+        until(lambda: ledger.shards(batch)[0].lease_until > before.lease_until + 4.0)
+        assert ledger.shards(batch)[0].state == ShardState.LEASED
+        hangs.set()
+        assert running.result() == Outcome(1, 10, False)
+    assert ledger.shards(batch)[0].epoch == 1
+    all_right(settings, ledger, batch, 10)
+
+
+def test_a_ledger_that_hangs_ends_the_work_when_the_lease_is_not_to_be_trusted(
+    settings: Settings, ledger: Ledger, one_shard: None
+) -> None:
+    batch = planned(settings, ledger, rows(10))
+    with scripted_engine(slots=10, rules=[{"when": {"contains": '"row 1'}, "then": {"do": "hang"}}]) as engine:
+        with Running(on(settings, engine, batch_concurrency=10), ledger, ttl=SHORT) as running:
+            until(lambda: answered(ledger, batch) == 9)
+            with ledger.write():  # SQLite has one writer: nobody renews meanwhile
+                hung = time.monotonic()
+                engine.wait_for(lambda stats: stats["cancelled"] == 1)
+                assert time.monotonic() - hung < SHORT
+            assert running.result() == Outcome(0, 0, False)
+        (shard,) = ledger.shards(batch)
+        assert shard.state == ShardState.LEASED
+        engine.script(rules=[])
+        # The renewal that hung may still come through, after its session's end.
+        until(lambda: expire(ledger, shard.id) or run(on(settings, engine), ledger).rows == 1)
+    all_right(settings, ledger, batch, 10)
+
+
 # The disk
 
 
@@ -549,7 +639,7 @@ def test_a_full_disk_ends_the_session_and_loses_nothing(
             assert answered(ledger, batch) < 80
             kept = sum(
                 1
-                for path in BatchFolder.of(small_disk, batch).segments.iterdir()
+                for path in BatchFolder.of(small_disk, batch).segments.glob("*.jsonl")
                 for line in path.read_bytes().splitlines(keepends=True)
                 if line.endswith(b"\n")
             )

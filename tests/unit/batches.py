@@ -11,7 +11,8 @@ import sqlalchemy as sa
 
 from millrace.batch.folder import BatchFolder
 from millrace.batch.lease import Counts, Lease, Leases
-from millrace.batch.ledger import FileRecord, Ledger, ShardPlan, new_id
+from millrace.batch.ledger import Ledger, ShardPlan, new_id
+from millrace.batch.life import FileRecord
 from millrace.batch.lines import answer_line, failure_line
 from millrace.batch.planner import PlanOptions, plan, read_rows
 from millrace.batch.schema import Priority, shards

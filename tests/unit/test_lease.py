@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,8 @@ from millrace.batch.lease import (
     free_expired,
     waiting_shards,
 )
-from millrace.batch.ledger import FileRecord, Ledger, new_id
+from millrace.batch.ledger import Ledger, new_id
+from millrace.batch.life import FileRecord
 from millrace.batch.schema import Priority, ShardState, Status, batches, clock, metadata, shards
 from millrace.errors import InputError, NotFound, StorageError, Unreachable
 from millrace.settings import Settings
@@ -40,22 +40,9 @@ from tests.unit.batches import TTL, counts, expire, recorded, shard_row
 SEAL = Sealed(1, 10, 2, "a" * 64)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
-    """Settings of an empty ledger of either kind; PostgreSQL is skipped where there is none."""
-    if request.param == "sqlite":
-        yield Settings(data_dir=tmp_path / "data")
-        return
-    server = sa.create_engine(request.getfixturevalue("postgres"), isolation_level="AUTOCOMMIT")
-    name = new_id("test")
-    # Whoever waits for a lock longer than this is stuck.
-    url = server.url.set(database=name).update_query_dict({"options": "-c lock_timeout=10s"})
-    with server.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name}"))
-    yield Settings(data_dir=tmp_path / "data", database_url=url.render_as_string(hide_password=False))
-    with server.connect() as connection:
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
-    server.dispose()
+@pytest.fixture
+def settings(either_settings: Settings) -> Settings:
+    return either_settings
 
 
 @pytest.fixture

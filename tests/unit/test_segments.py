@@ -150,7 +150,7 @@ def test_a_sealed_segment_that_was_changed_is_an_integrity_error(folder: BatchFo
     raw = writer.path.read_bytes()
     if change == "gone":
         writer.path.unlink()
-        with pytest.raises(StorageError):
+        with pytest.raises(IntegrityError, match="is gone"):
             recover(folder, 0, 3, sealed)
         return
     writer.path.write_bytes(

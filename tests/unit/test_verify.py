@@ -10,10 +10,12 @@ from millrace.batch.folder import BatchFolder
 from millrace.batch.lease import Leases
 from millrace.batch.ledger import Ledger
 from millrace.batch.merge import merge
+from millrace.batch.schema import shards
+from millrace.batch.segments import SegmentWriter
 from millrace.batch.verify import MAX_FINDINGS, verify
-from millrace.errors import InputError, NotFound
+from millrace.errors import InputError, NotFound, StorageError
 from millrace.settings import Settings
-from tests.unit.batches import TTL, expire, planned, request, run_all
+from tests.unit.batches import TTL, answer, expire, planned, request, run_all
 
 ROWS = 30
 FAILED = {4, 17, 29}
@@ -179,7 +181,70 @@ def test_a_changed_segment_is_found(
 
 def test_findings_are_bounded(settings: Settings, ledger: Ledger, batch: str, folder: BatchFolder) -> None:
     folder.output.write_bytes(b"")
-    assert len(verify(ledger, settings.data_dir, batch).findings) == MAX_FINDINGS
+    report = verify(ledger, settings.data_dir, batch)
+    assert len(report.findings) == MAX_FINDINGS
+    assert report.more_findings > 0
+
+
+def zombie(folder: BatchFolder, batch: str, name: str, rows: range, *, copy: bytes = b"") -> None:
+    """Let a runner that was replaced write what nobody counts."""
+    writer = SegmentWriter(folder.segments / name, 1)
+    for row in rows:
+        writer.append(row, True, 5, 7, answer(batch, row, f"id-{row:02}", "once more"))
+    writer.flush()
+    writer.close()
+    with (folder.segments / name).open("ab") as file:
+        file.write(copy)
+
+
+def test_wasted_work_is_counted_and_is_no_fault(
+    settings: Settings, ledger: Ledger, batch: str, folder: BatchFolder
+) -> None:
+    copies = folder.segment(0, 1).read_bytes()
+    zombie(folder, batch, "000000.2.jsonl", range(2), copy=copies + b'{"row":1,"ok":true,"in":1')
+    with folder.segment(1, 1).open("ab") as file:
+        file.write(copies[: copies.index(b"\n") + 1].replace(b"epoch 1", b"epoch 0"))
+    zombie(folder, batch, "000099.1.jsonl", range(3))  # no shard of this batch
+    report = verify(ledger, settings.data_dir, batch)
+    assert report.ok, report.findings
+    assert (report.wasted_rows, report.wasted_tokens) == (3, 2 * 12 + 5)
+    assert report.claims == len(ledger.shards(batch))
+
+
+@pytest.mark.parametrize("column", ["completed", "failed"])
+def test_counts_that_are_not_those_of_the_lines_are_found(
+    settings: Settings, ledger: Ledger, batch: str, column: str
+) -> None:
+    with ledger.write() as connection:
+        connection.execute(shards.update().where(shards.c.number == 3).values({column: shards.c[column] + 1}))
+    (finding,) = verify(ledger, settings.data_dir, batch).findings
+    assert "the ledger counts" in finding
+    assert ("output has 27 lines" in finding) == (column == "completed")
+
+
+def test_a_folder_that_was_moved_is_one_sentence(
+    settings: Settings, ledger: Ledger, batch: str, folder: BatchFolder
+) -> None:
+    folder.root.rename(folder.root.with_name("moved"))
+    with pytest.raises(StorageError) as caught:
+        verify(ledger, settings.data_dir, batch)
+    assert (caught.value.code, caught.value.exit_code) == ("batch_files_missing", 3)
+    assert str(folder.root) in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["input.jsonl", "output.jsonl", "errors.jsonl", "segments", "segments/000003.1.jsonl"])
+@pytest.mark.parametrize("now", ["gone", "a folder", "noise"])
+def test_half_deleted_files_are_findings(
+    settings: Settings, ledger: Ledger, batch: str, folder: BatchFolder, name: str, now: str
+) -> None:
+    path = folder.root / name
+    path.rename(folder.root / "moved")
+    if now == "a folder":
+        path.mkdir()
+    elif now == "noise":
+        path.write_bytes(bytes(range(256)) * 8)
+    report = verify(ledger, settings.data_dir, batch)
+    assert any(name in finding for finding in report.findings), report.findings
 
 
 def test_a_batch_that_has_not_ended_cannot_be_verified(settings: Settings, ledger: Ledger) -> None:

@@ -10,8 +10,8 @@ from millrace.cli.doctor.docker import Docker, engine_in_container
 from millrace.cli.doctor.finding import Finding, note, ok, told, wrong
 from millrace.cli.doctor.programs import LIMIT
 from millrace.cli.doctor.sockets import listeners
-from millrace.cli.stack import LOOPBACK
 from millrace.compose import SERVICE
+from millrace.embedded import LOOPBACK
 from millrace.engine.client import EngineClient
 from millrace.engine.probes import EngineState, probe
 from millrace.engine.retry import BadResponse, EngineError, EngineTimeout, KeyRefused, RequestRefused
@@ -28,7 +28,7 @@ def engine(settings: Settings, docker: Docker) -> list[Finding]:
         return [told(CHECK, error)]
     except EngineError as error:
         return [_unwell(settings, docker, error)]
-    if settings.llm_model and settings.llm_model not in state.models:
+    if settings.llm_model and settings.llm_model not in state.names:
         mend = f"It serves {', '.join(state.models)}: correct LLM_MODEL or load the model."
         return [wrong(CHECK, f"{state.url} does not serve LLM_MODEL={settings.llm_model}", mend)]
     size = f" of {state.context} tokens" if state.context else ""

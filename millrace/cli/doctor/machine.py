@@ -13,8 +13,8 @@ from millrace.cli.doctor.finding import Finding, note, ok, wrong
 from millrace.cli.doctor.model import served_gguf
 from millrace.cli.doctor.sockets import listeners
 from millrace.cli.output import size
-from millrace.cli.stack import LOOPBACK
 from millrace.compose import SERVICE
+from millrace.embedded import LOOPBACK
 from millrace.settings import Settings
 
 LOW_DISK = 2 * 2**30  # bytes

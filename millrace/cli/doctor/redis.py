@@ -12,7 +12,7 @@ from millrace.cli.doctor.finding import Finding, note, ok, told, wrong
 from millrace.cli.doctor.programs import LIMIT
 from millrace.cli.doctor.sockets import listeners
 from millrace.cli.output import size
-from millrace.cli.stack import LOOPBACK
+from millrace.embedded import LOOPBACK
 from millrace.errors import MillraceError
 from millrace.settings import Settings
 

@@ -1,0 +1,1 @@
+"""`millrace selftest`: a batch on parts of its own, while they are killed, and what an oracle says of its files."""

@@ -1,0 +1,104 @@
+"""The wall clock jumps (F10). Leases use the ledger's clock, which is the machine's on SQLite; a runner its own."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from millrace.batch.lease import Leases, free_expired
+from millrace.batch.ledger import Ledger
+from millrace.batch.schema import ShardState
+from millrace.selftest.parts import Project
+from tests.faults.oracle import read_log
+from tests.faults.sessions import LEASE, merged, process, run, session, submitted
+from tests.services import until
+
+Make = Callable[..., Project]
+HOUR = 3600.0  # seconds
+JULIAN = 2440587.5  # days from its beginning to 1970
+
+
+class Clock:
+    """A wall clock that can be set: SQLite asks it whenever our ledger asks SQLite."""
+
+    def __init__(self) -> None:
+        self.shift = 0.0
+
+    def julianday(self, _: str) -> float:
+        return JULIAN + (time.time() + self.shift) / 86400
+
+    @contextlib.contextmanager
+    def ledger(self, project: Project) -> Iterator[Ledger]:
+        """Open the ledger of a project, with this clock in every connection."""
+        with project.ledger() as ledger:
+
+            def connected(connection: Any, _record: object) -> None:
+                connection.create_function("julianday", 1, self.julianday)
+
+            sa.event.listen(ledger.engine, "connect", connected)
+            ledger.engine.dispose()
+            yield ledger
+
+
+@pytest.fixture
+def ours(project: Make) -> Project:
+    made = project(script={"slots": 4, "ttft_ms": 50}, batch_concurrency=8, batch_lease_seconds=LEASE)
+    made.start_engine()
+    return made
+
+
+def answered(ours: Project) -> int:
+    return sum(any(one.status == 200 for one in found) for found in read_log(ours.log).values())
+
+
+@pytest.mark.parametrize("jump", [HOUR, -HOUR])
+def test_the_clock_jumps_while_two_sessions_run(ours: Project, jump: float) -> None:
+    """clock_jump: a lease may pass to the other one for it, but no row has two lines, and none is lost."""
+    clock, source = Clock(), ours.write_rows(160)
+    with clock.ledger(ours) as ledger:
+        batch = submitted(ours, source, ledger)
+        with session(ours, ledger, "one") as one, session(ours, ledger, "two") as two:
+            until(lambda: answered(ours) > 40, "some answers")
+            clock.shift = jump
+            jumped = time.monotonic()
+            one.result(60)
+            two.result(60)
+        # Until a session that was replaced learns it, at its next renewal, its answers do not count.
+        kills = [jumped + 0.05 * step for step in range(int(LEASE / 0.05))]
+        merged(ours, ledger, batch, source, kills=kills)
+
+
+def test_a_dead_runner_holds_its_shards_no_longer_when_the_clock_is_set_back(
+    ours: Project, figures: Callable[[str, float], None]
+) -> None:
+    clock, source = Clock(), ours.write_rows(80)
+    with clock.ledger(ours) as ledger:
+        batch = submitted(ours, source, ledger)
+        with process(ours):
+            until(lambda: answered(ours) > 20, "some answers")
+        killed = time.monotonic()
+        clock.shift = -HOUR
+        assert any(shard.state == ShardState.LEASED for shard in ledger.shards(batch))
+        until(lambda: free_expired(ledger), "shards that are free")
+        figures("a dead runner's shards, free after the clock was set back, s", time.monotonic() - killed)
+        run(ours, ledger)
+        merged(ours, ledger, batch, source, kills=[killed])
+        assert time.monotonic() - killed < 60
+
+
+def test_a_live_runner_keeps_its_shard_when_the_clock_creeps(ours: Project) -> None:
+    """What a time server does: steps of less than a second move no lease."""
+    clock, source = Clock(), ours.write_rows(1)
+    with clock.ledger(ours) as ledger:
+        submitted(ours, source, ledger)
+        leases = Leases(ledger, "one", LEASE)
+        assert leases.claim() is not None
+        for shift in (0.9, -0.9):
+            clock.shift = shift
+            assert free_expired(ledger) == 0
+            assert Leases(ledger, "two", LEASE).claim() is None
