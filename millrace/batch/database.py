@@ -14,7 +14,7 @@ from typing import Self
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
-from millrace.errors import MillraceError, StorageError, Unreachable
+from millrace.errors import MillraceError, NotFound, StorageError, Unreachable
 from millrace.settings import Settings, hide_password
 
 #: The schema this code knows: the newest file in migrations/versions.
@@ -48,6 +48,26 @@ class Database:
             database.close()
             raise
         return database
+
+    @classmethod
+    def there(cls, settings: Settings) -> Self | None:
+        """Open the ledger that there is, as `open` does; None where none was made yet. Nothing is made.
+
+        Raises:
+            NotFound: Batches lie in DATA_DIR, and the ledger that knew them does not (ledger_missing).
+            Unreachable, StorageError: See `open`.
+        """
+        url = sa.make_url(settings.ledger_url)
+        if url.get_backend_name() != "sqlite" or Path(url.database or "").exists():
+            return cls.open(settings)
+        batches = settings.data_dir / "batches"
+        if found := sum(1 for _ in batches.glob("batch_*")):
+            raise NotFound(
+                f"{url.database} is not there, and it knew the {found} batches whose files lie in {batches}.",
+                "Restore it (`millrace restore`), or set DATABASE_URL to where it is.",
+                code="ledger_missing",
+            )
+        return None
 
     @classmethod
     def connect(cls, settings: Settings) -> Self:

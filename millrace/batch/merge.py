@@ -29,7 +29,7 @@ from millrace.batch.lines import decode_input, failure_line
 from millrace.batch.schema import Status
 from millrace.batch.segments import check_there, read_lines, recover
 from millrace.crashpoints import crashpoint
-from millrace.errors import IntegrityError
+from millrace.errors import InputError, IntegrityError, MillraceError
 
 #: Where a row's line lies: segment number + 1 (0: nowhere), offset, length, whether it is an answer.
 _ENTRY = struct.Struct("<IQII")
@@ -87,27 +87,50 @@ def alone_with(folder: BatchFolder) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def rewrite(ledger: Ledger, data_dir: Path, batch_id: str) -> None:
+    """Write the files of an ended batch again, byte for byte as they were recorded, from its segments.
+
+    Raises:
+        InputError: The batch has no files to be written again (batch_not_ended).
+        IntegrityError: The segments do not give what was recorded; nothing was changed.
+        MillraceError: Another process has its files (batch_busy).
+        StorageError: A file cannot be read or written.
+    """
+    folder = BatchFolder.there(data_dir, batch_id)
+    with alone_with(folder) as alone:
+        batch = ledger.batch(batch_id)
+        status = Status(batch["millrace"]["status"])
+        if status not in (Status.COMPLETED, Status.CANCELLED, Status.EXPIRED):
+            raise InputError(f"{batch_id} is {status}; it has no files.", code="batch_not_ended")
+        if not alone:
+            raise MillraceError(
+                f"Another process has the files of {batch_id} in hand; nothing was changed.",
+                "Try again in a moment.",
+                code="batch_busy",
+            )
+        with _written(ledger, folder, batch_id, status) as targets:
+            for target, file_id in zip(targets, (batch["output_file_id"], batch["error_file_id"]), strict=True):
+                recorded = ledger.file(file_id).sha256 if file_id else hashlib.sha256().hexdigest()
+                if target.sha256 != recorded:
+                    raise IntegrityError(
+                        f"The segments of {batch_id} do not give the {target.path.name} that was recorded; "
+                        "nothing was changed.",
+                        "Restore the segments or input.jsonl from a backup.",
+                    )
+            for target in targets:
+                target.finish()
+        sync_folder(folder.root)
+
+
 def _merge(ledger: Ledger, data_dir: Path, folder: BatchFolder, batch_id: str) -> None:
     final = ledger.end_of(batch_id)
     if final is not Status.COMPLETED:
         _seal_cancelled(ledger, folder, batch_id)
-    batch = ledger.batch(batch_id)
-    rows = batch["request_counts"]["total"]
-    output, errors = _Target(folder.output), _Target(folder.errors)
+    with _written(ledger, folder, batch_id, final) as (output, errors):
+        crashpoint("merge.written")
+        for target in (output, errors):
+            target.finish()
     with storage_errors(folder.root):
-        try:
-            with tempfile.TemporaryFile(dir=folder.root) as index:
-                index.truncate(rows * _ENTRY.size)
-                with mmap.mmap(index.fileno(), rows * _ENTRY.size) as entries:
-                    segments = _index(ledger, folder, batch_id, entries)
-                    crashpoint("merge.indexed")
-                    _write(batch_id, folder, entries, segments, output, errors, final)
-            crashpoint("merge.written")
-            for target in (output, errors):
-                target.finish()
-        finally:
-            output.discard()
-            errors.discard()
         sync_folder(folder.root)
     crashpoint("merge.placed")
     ledger.complete(
@@ -117,6 +140,25 @@ def _merge(ledger: Ledger, data_dir: Path, folder: BatchFolder, batch_id: str) -
         errors.record(f"{batch_id}_errors", data_dir) if errors.rows else None,
     )
     crashpoint("merge.completed")
+
+
+@contextlib.contextmanager
+def _written(ledger: Ledger, folder: BatchFolder, batch_id: str, final: Status) -> Iterator[tuple[_Target, _Target]]:
+    """Yield output and errors, written and not yet under their names; what is not finished is removed."""
+    rows = ledger.batch(batch_id)["request_counts"]["total"]
+    output, errors = _Target(folder.output), _Target(folder.errors)
+    with storage_errors(folder.root):
+        try:
+            with tempfile.TemporaryFile(dir=folder.root) as index:
+                index.truncate(rows * _ENTRY.size)
+                with mmap.mmap(index.fileno(), rows * _ENTRY.size) as entries:
+                    segments = _index(ledger, folder, batch_id, entries)
+                    crashpoint("merge.indexed")
+                    _write(batch_id, folder, entries, segments, output, errors, final)
+            yield output, errors
+        finally:
+            output.discard()
+            errors.discard()
 
 
 def _seal_cancelled(ledger: Ledger, folder: BatchFolder, batch_id: str) -> None:
@@ -228,6 +270,11 @@ class _Target:
         with storage_errors(self.path):
             self._file: BinaryIO = self._part.open("wb", buffering=1 << 20)
 
+    @property
+    def sha256(self) -> str:
+        """The hash of what was written, in hex."""
+        return str(self._digest.hexdigest())
+
     def write(self, line: bytes) -> None:
         line += b"\n"
         self._file.write(line)
@@ -254,6 +301,6 @@ class _Target:
             filename=self.path.name,
             path=str(self.path.relative_to(data_dir)),
             bytes=self.size,
-            sha256=self._digest.hexdigest(),
+            sha256=self.sha256,
             rows=self.rows,
         )

@@ -9,15 +9,15 @@ import typer
 from millrace.batch import again, prune
 from millrace.batch.ledger import Ledger
 from millrace.batch.schema import Priority, Status
-from millrace.cli.batch_look import BatchId
-from millrace.cli.output import Json, print_json, say
+from millrace.cli.batch_look import BatchId, opened
+from millrace.cli.output import Json, confirm, print_json, say
 from millrace.errors import InputError, Unreachable
 from millrace.settings import get_settings
 
 
 def cancel(batch_id: BatchId, as_json: Json = False) -> None:
     """Cancel a batch; the rows that are answered are kept."""
-    ledger = Ledger.open(get_settings())
+    ledger = opened(get_settings())
     status = ledger.cancel(batch_id)
     if status is Status.CANCELLING:
         _send_merge(batch_id)
@@ -26,7 +26,7 @@ def cancel(batch_id: BatchId, as_json: Json = False) -> None:
 
 def pause(batch_id: BatchId, as_json: Json = False) -> None:
     """Run no more rows of a batch until it is resumed; those in flight come to their end."""
-    ledger = Ledger.open(get_settings())
+    ledger = opened(get_settings())
     status = ledger.pause(batch_id)
     if status is not Status.PAUSED:
         raise _over(batch_id, status, "paused")
@@ -36,7 +36,7 @@ def pause(batch_id: BatchId, as_json: Json = False) -> None:
 def resume(batch_id: BatchId, as_json: Json = False) -> None:
     """Go on with a batch that is paused, or was cancelled, expired or failed: run the rows that have no line."""
     settings = get_settings()
-    ledger = Ledger.open(settings)
+    ledger = opened(settings)
     before = ledger.status(batch_id)
     status = again.resume(ledger, settings.data_dir, batch_id)
     if status is Status.FINALIZING:
@@ -54,7 +54,7 @@ def resume(batch_id: BatchId, as_json: Json = False) -> None:
 def retry(batch_id: BatchId, as_json: Json = False) -> None:
     """Run the failed rows of a completed batch again, as part of it."""
     settings = get_settings()
-    ledger = Ledger.open(settings)
+    ledger = opened(settings)
     rows = again.retry(ledger, settings.data_dir, batch_id)
     send_tickets()
     said = f"{batch_id} goes on: {rows} failed {'row is' if rows == 1 else 'rows are'} run again."
@@ -68,17 +68,28 @@ def priority(
 ) -> None:
     """Change a batch's priority, also while it runs: it holds from the next shard on."""
     wanted = Priority.parse(name)
-    ledger = Ledger.open(get_settings())
+    ledger = opened(get_settings())
     status = ledger.set_priority(batch_id, wanted)
     if status.final:
         raise _over(batch_id, status, "given another priority")
     _tell(ledger, batch_id, f"{batch_id} has the priority {wanted.name.lower()}.", as_json=as_json)
 
 
-def delete(batch_id: BatchId, as_json: Json = False) -> None:
+def delete(
+    batch_id: BatchId,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
     """Remove an ended batch and its files for good."""
     settings = get_settings()
-    prune.delete(Ledger.open(settings), settings.data_dir, batch_id)
+    ledger = opened(settings)
+    if ledger.status(batch_id).final:
+        confirm(
+            f"Remove {batch_id} and its answers? No command brings them back.",
+            f"{batch_id} and its answers would be removed for good, and nobody is there to be asked.",
+            yes=yes,
+        )
+    prune.delete(ledger, settings.data_dir, batch_id)
     if as_json:
         print_json({"id": batch_id, "object": "batch", "deleted": True})
     else:

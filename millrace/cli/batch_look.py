@@ -20,22 +20,40 @@ from rich.table import Table
 from millrace.batch.folder import BatchFolder, storage_errors
 from millrace.batch.follow import follow as follow_batch
 from millrace.batch.ledger import Ledger
+from millrace.batch.merge import rewrite
 from millrace.batch.schema import Status
 from millrace.batch.verify import verify as verify_batch
 from millrace.cli.output import Json, answers, duration, print_json, say
 from millrace.cli.watch import paused, watch_batch
-from millrace.errors import InputError, IntegrityError
+from millrace.errors import InputError, IntegrityError, NotFound
 from millrace.settings import Settings, get_settings
 
 BatchId = Annotated[str, typer.Argument(help="A batch's id.")]
+
+
+def opened(settings: Settings) -> Ledger:
+    """Return the ledger, to look up a batch in.
+
+    Raises:
+        NotFound: There is none yet, or not any more.
+        Unreachable: It does not answer.
+    """
+    ledger = Ledger.there(settings)
+    if ledger is None:
+        raise NotFound(
+            f"There are no batches yet in {settings.data_dir}.",
+            "`millrace batch submit FILE` makes one; DATA_DIR and DATABASE_URL may name another place.",
+        )
+    return ledger
 
 
 def list_batches(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many, newest first.")] = 20, as_json: Json = False
 ) -> None:
     """List batches, newest first."""
-    ledger = Ledger.open(get_settings())
-    found = ledger.batches(limit)
+    settings = get_settings()
+    ledger = Ledger.there(settings)
+    found = ledger.batches(limit) if ledger else []
     if as_json:
         print_json({"object": "list", "data": found})
         return
@@ -58,12 +76,12 @@ def list_batches(
             escape(more["name"]),
             *[escape(note)] * any(notes),
         )
-    answers.print(table if found else f"There are no batches yet in {ledger.address}: `millrace batch submit FILE`.")
+    answers.print(table if found else f"There are no batches yet in {settings.data_dir}: `millrace batch submit FILE`.")
 
 
 def show(batch_id: BatchId, as_json: Json = False) -> None:
     """Show a batch; --json gives OpenAI's batch object, and more under `millrace`."""
-    batch = Ledger.open(get_settings()).batch(batch_id)
+    batch = opened(get_settings()).batch(batch_id)
     if as_json:
         print_json(batch)
         return
@@ -94,7 +112,7 @@ def show(batch_id: BatchId, as_json: Json = False) -> None:
 def watch(batch_id: BatchId, as_json: Json = False) -> None:
     """Watch a batch until it ends; Ctrl-C stops watching, not the batch."""
     settings = get_settings()
-    ledger = Ledger.open(settings)
+    ledger = opened(settings)
     ledger.status(batch_id)
     asyncio.run(watch_batch(settings, ledger, batch_id, None))
     batch = ledger.batch(batch_id)
@@ -122,7 +140,7 @@ def results(
     if follow and (output is not None or as_json):
         raise InputError("--follow writes lines to stdout.", "Leave out --output and --json.", code="usage")
     settings = get_settings()
-    ledger = Ledger.open(settings)
+    ledger = opened(settings)
     if follow:
         _follow(settings, ledger, batch_id, errors=errors)
         return
@@ -192,10 +210,21 @@ def _refuse_failed(batch: dict[str, Any]) -> None:
         )
 
 
-def verify(batch_id: BatchId, as_json: Json = False) -> None:
+def verify(
+    batch_id: BatchId,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Write output and errors again from the segments if they are not right.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Prove that every row has exactly one line, in order, in files that nobody changed."""
     settings = get_settings()
-    report = verify_batch(Ledger.open(settings), settings.data_dir, batch_id)
+    ledger = opened(settings)
+    report = verify_batch(ledger, settings.data_dir, batch_id)
+    if repair and not report.ok:
+        rewrite(ledger, settings.data_dir, batch_id)
+        say("Output and errors were written again from the segments.")
+        report = verify_batch(ledger, settings.data_dir, batch_id)
     if as_json:
         print_json(report.as_dict())
     else:
@@ -210,6 +239,8 @@ def verify(batch_id: BatchId, as_json: Json = False) -> None:
             answers.print(f"  {finding}", markup=False)
         if report.more_findings:
             answers.print(f"  … and {report.more_findings} more.")
+        if not report.ok and not repair:
+            say(f"→ `millrace batch verify {batch_id} --repair` writes output and errors again from the segments.")
         if report.never_run:
             answers.print(f"  {report.never_run} of the failures are rows that were never run.")
         if report.extra_claims:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from millrace import dead_letters, presence
-from millrace.cli.output import Json, answers, print_json, say
+from millrace.cli.output import Json, answers, confirm, print_json, say
 from millrace.dead_letters import Letter
 from millrace.errors import InputError, NotFound
 from millrace.settings import get_settings
@@ -104,14 +103,13 @@ def purge(
     removed = []
     with presence.connect(settings) as client:
         chosen = [dead_letters.letter(client, letter_id).id] if letter_id else _ids(client, settings)
-        if chosen and not yes and not sys.stdin.isatty():
-            raise InputError(
-                f"{_letters(len(chosen)).capitalize()} would be removed for good, and nobody is there to be asked.",
-                "Say --yes.",
-                code="confirmation_needed",
+        if chosen:
+            lost = _letters(len(chosen))
+            confirm(
+                f"Remove {lost}? No command brings them back.",
+                f"{lost.capitalize()} would be removed for good, and nobody is there to be asked.",
+                yes=yes,
             )
-        if chosen and not yes:
-            typer.confirm(f"Remove {_letters(len(chosen))}? No command brings them back.", abort=True, err=True)
         for one in chosen:
             try:
                 dead_letters.remove(client, one)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from millrace.errors import InvalidInputFile, MillraceError
+from millrace.errors import InputError, InvalidInputFile, MillraceError
 
 #: For people: progress, notices, errors.
 console = Console(stderr=True, highlight=False)
@@ -46,6 +46,20 @@ def print_error(error: MillraceError, *, as_json: bool) -> None:
 def say(sentence: str) -> None:
     """Tell a person what is being done."""
     console.print(sentence, markup=False, soft_wrap=True)
+
+
+def confirm(question: str, nobody: str, *, yes: bool) -> None:
+    """Ask a person before something is lost for good; `yes` was said beforehand.
+
+    Raises:
+        InputError: Nobody is there to be asked (confirmation_needed): `nobody` says so, for this case.
+        typer.Abort: The answer is no.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise InputError(nobody, "Say --yes.", code="confirmation_needed")
+    typer.confirm(question, abort=True, err=True)
 
 
 def size(count: float) -> str:

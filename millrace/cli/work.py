@@ -25,7 +25,7 @@ from millrace.cli.output import Json, answers, console, print_json, say
 from millrace.cli.stack import Stack, engine_state, running_stack
 from millrace.engine.interactive import Caller
 from millrace.errors import InputError, MillraceError, Unreachable
-from millrace.settings import Settings, get_settings
+from millrace.settings import Settings, get_settings, hide_password
 from worker.exporter import metrics_server
 from worker.supervisor import Heard, Supervisor
 
@@ -237,9 +237,9 @@ def status(as_json: Json = False) -> None:
     except MillraceError as error:
         report["engine"] = {"ok": False, "url": settings.engine_root, "error": error.as_dict()}
     try:
-        ledger = Ledger.open(settings)
-        report["ledger"] = {"ok": True, "url": ledger.address}
-        report["batches"] = [b for b in ledger.batches(100) if b["millrace"]["ended"] is None]
+        ledger = Ledger.there(settings)
+        report["ledger"] = {"ok": True, "url": hide_password(settings.ledger_url)}
+        report["batches"] = [b for b in ledger.batches(100) if b["millrace"]["ended"] is None] if ledger else []
     except MillraceError as error:
         report["ledger"] = {"ok": False, "error": error.as_dict()}
         report["batches"], reached = [], False

@@ -180,7 +180,12 @@ def test_a_prompt_that_does_not_fit_fails_alone(cli: Cli) -> None:
     assert batch["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
     errors = cli.run("batch", "results", batch["id"], "--errors")
     assert json.loads(errors.out)["custom_id"] == "row-1"
-    assert cli.run("batch", "verify", batch["id"], "--json").json["error_lines"] == 1
+    verified = cli.run("batch", "verify", batch["id"], "--json")
+    assert verified.json["error_lines"] == 1
+    (cli.data / "batches" / batch["id"] / "output.jsonl").unlink()
+    broken = cli.run("batch", "verify", batch["id"])
+    assert (broken.code, "--repair" in broken.err) == (1, True), broken
+    assert cli.run("batch", "verify", batch["id"], "--repair", "--json").json == verified.json
     assert finish(cli, batch["id"]).code == 1
     assert "1 failed row is run again" in cli.run("batch", "retry", batch["id"]).err
     again = finish(cli, batch["id"])

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from millrace.batch.ledger import Ledger
+from millrace.settings import Settings
 from tests.cli import NOBODY, Cli, Done, batch_file, redis_answers, request
 from tests.scripted_engine import Engine, scripted_engine
 from tests.services import OwnRedis, free_port, redis_server, until
@@ -66,8 +68,26 @@ def test_a_wrong_redis_password(ready: Cli, parts: tuple[str, Engine]) -> None:
     assert not ready.data.exists()
 
 
+def test_who_only_looks_makes_nothing(ready: Cli) -> None:
+    assert ready.run("batch", "list", "--json").json["data"] == []
+    for command in (("show", "x"), ("verify", "x"), ("results", "x"), ("retry", "x"), ("delete", "x")):
+        done = ready.run("batch", *command, "--json")
+        assert (done.code, done.error["code"]) == (2, "not_found"), done
+    assert ready.run("status", "--json").json["batches"] == []
+    assert not ready.data.exists()
+
+
+def test_a_ledger_that_is_gone(ready: Cli) -> None:
+    (ready.data / "batches" / "batch_0").mkdir(parents=True)
+    for command in (("list",), ("verify", "batch_0"), ("resume", "batch_0")):
+        done = ready.run("batch", *command, "--json")
+        assert (done.code, done.error["code"]) == (2, "ledger_missing"), done
+        assert "1 batches" in done.error["message"]
+    assert not (ready.data / "ledger.db").exists()
+
+
 def test_a_locked_ledger(ready: Cli) -> None:
-    assert ready.run("batch", "list").code == 0
+    Ledger.open(Settings(data_dir=ready.data)).close()
     with contextlib.closing(sqlite3.connect(ready.data / "ledger.db", isolation_level=None)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
         ready.impatient("millrace.batch.database", LOCK_WAIT=0.5)
@@ -79,7 +99,7 @@ def test_a_locked_ledger(ready: Cli) -> None:
 
 
 def test_a_newer_ledger(ready: Cli) -> None:
-    assert ready.run("batch", "list").code == 0
+    Ledger.open(Settings(data_dir=ready.data)).close()
     with contextlib.closing(sqlite3.connect(ready.data / "ledger.db", isolation_level=None)) as ledger:
         (old,) = ledger.execute("SELECT version_num FROM alembic_version").fetchone()
         ledger.execute("UPDATE alembic_version SET version_num = '9999'")

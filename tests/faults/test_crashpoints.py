@@ -127,7 +127,7 @@ def test_a_removal_dies(ours):
     source = ours.write_rows(ROWS)
     batch = ours.submit(source)
     assert run(ours, batch) == 0
-    done = ours.run("batch", "delete", batch, crash_at="delete.forgotten")
+    done = ours.run("batch", "delete", batch, "--yes", crash_at="delete.forgotten")
     assert done.returncode == crashpoints.KILLED, f"{done.stdout}{done.stderr}"
     with ours.ledger() as ledger:
         assert ledger.batches() == []

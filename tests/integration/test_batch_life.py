@@ -119,6 +119,7 @@ def test_what_cannot_be_done_is_refused_in_one_sentence_and_changes_nothing(
         f"priority {good} high": (2, "batch_ended"),
         f"priority {runs} highest": (2, "invalid_priority"),
         f"delete {runs}": (2, "batch_not_ended"),
+        f"delete {good}": (2, "confirmation_needed"),
         f"verify {runs}": (2, "batch_not_ended"),
         f"verify {failed}": (2, "batch_failed"),
         f"verify {gone}": (3, "batch_files_missing"),
@@ -206,7 +207,7 @@ def test_a_batch_through_its_life(settings: Settings, ledger: Ledger, millrace: 
     merge(ledger, settings.data_dir, batch)
 
     verified, watched, resumed, deleted, gone = millrace(
-        f"verify {batch}", f"watch {batch}", f"resume {told['id']}", f"delete {batch}", f"show {batch}"
+        f"verify {batch}", f"watch {batch}", f"resume {told['id']}", f"delete {batch} --yes", f"show {batch}"
     )
     assert verified.out.startswith("ok  4 rows in = 4 answers + 0 failures out")
     assert "6 attempts at shards, 2 of them after an interruption or a retry." in verified.out

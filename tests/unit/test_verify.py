@@ -9,11 +9,11 @@ import pytest
 from millrace.batch.folder import BatchFolder
 from millrace.batch.lease import Leases
 from millrace.batch.ledger import Ledger
-from millrace.batch.merge import merge
+from millrace.batch.merge import merge, rewrite
 from millrace.batch.schema import shards
 from millrace.batch.segments import SegmentWriter
 from millrace.batch.verify import MAX_FINDINGS, verify
-from millrace.errors import InputError, NotFound, StorageError
+from millrace.errors import InputError, IntegrityError, NotFound, StorageError
 from millrace.settings import Settings
 from tests.unit.batches import TTL, answer, expire, planned, request, run_all
 
@@ -177,6 +177,46 @@ def test_a_changed_segment_is_found(
     path.write_bytes(change(raw) if change is not swap else b"".join(reversed(raw.splitlines(keepends=True))))
     (finding,) = verify(ledger, settings.data_dir, batch).findings
     assert finding == f"{path} is not what was sealed"
+
+
+@pytest.mark.parametrize("name", ["output", "errors"])
+@pytest.mark.parametrize("change", [edited, shortened, longer, None])
+def test_files_are_written_again_as_they_were(
+    settings: Settings,
+    ledger: Ledger,
+    batch: str,
+    folder: BatchFolder,
+    name: str,
+    change: Callable[[bytes], bytes] | None,
+) -> None:
+    path = {"output": folder.output, "errors": folder.errors}[name]
+    before = path.read_bytes()
+    path.unlink() if change is None else path.write_bytes(change(before))
+    rewrite(ledger, settings.data_dir, batch)
+    assert path.read_bytes() == before
+    assert verify(ledger, settings.data_dir, batch).ok
+
+
+def test_files_are_not_written_again_from_what_was_changed(
+    settings: Settings, ledger: Ledger, batch: str, folder: BatchFolder
+) -> None:
+    folder.output.write_bytes(b"edited")
+    segment = next(iter(sorted(folder.segments.glob("*.jsonl"))))
+    kept = segment.read_bytes()
+    segment.write_bytes(kept.replace(b'"content"', b'"CONTENT"') if b'"content"' in kept else kept[:-5])
+    with pytest.raises(IntegrityError):
+        rewrite(ledger, settings.data_dir, batch)
+    segment.write_bytes(kept)
+    with folder.input.open("ab") as file:  # which gives the failures their names; more of it is no harm
+        file.write(b"\n")
+    rewrite(ledger, settings.data_dir, batch)
+    assert folder.output.read_bytes() != b"edited"
+
+
+def test_a_batch_that_goes_on_has_no_files(settings: Settings, ledger: Ledger) -> None:
+    batch = planned(settings, ledger, [request("a")])
+    with pytest.raises(InputError, match="is in_progress"):
+        rewrite(ledger, settings.data_dir, batch)
 
 
 def test_findings_are_bounded(settings: Settings, ledger: Ledger, batch: str, folder: BatchFolder) -> None:
