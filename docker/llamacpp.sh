@@ -65,6 +65,8 @@ serve() {
     # The host's prompt cache takes 8 GiB by default; rows rarely come back.
     export LLAMA_ARG_CACHE_RAM=0
     export LLAMA_ARG_THREADS="$threads" LLAMA_ARG_ENDPOINT_METRICS=1 LLAMA_ARG_UI=0
+    # A request keeps its thread while it waits for a slot: there must be some for those who ask how it is.
+    export LLAMA_ARG_THREADS_HTTP=$((slots + 32))
     # /v1/embeddings beside the rest; one input of it has to fit one physical batch.
     export LLAMA_ARG_EMBEDDINGS=1 LLAMA_ARG_POOLING=mean LLAMA_ARG_BATCH=2048 LLAMA_ARG_UBATCH=2048
     # shellcheck disable=SC2086  # LLAMACPP_ARGS is a list of options

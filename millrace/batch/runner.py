@@ -317,6 +317,8 @@ class Session:
         finally:
             self._refilling = False
             self._refilled.set()
+        if not self.lanes:  # the first rows already are to be no more than our share
+            await self._learn_share()
         self.open_lanes()
 
     def _going(self) -> bool:
@@ -422,16 +424,20 @@ class Session:
                     self._fail(error)
 
     async def _share_engine(self) -> None:
-        with contextlib.suppress(MillraceError):  # the share of a second ago serves as well
-            # An engine that was started anew may have other slots.
-            self.limit = limit_of(self.breaker.state, self._settings.batch_concurrency)
-            self._share = share_of(self.limit, await asyncio.to_thread(self._leases.owners))
+        await self._learn_share()
+        with contextlib.suppress(MillraceError):  # a second later serves as well
             # There was nothing to claim: while rows are in flight that may take long, look whether there is now.
             idle = self._exhausted and not self.draining and self.failure is None and len(self.lanes) < self._share
             if idle and await asyncio.to_thread(waiting_shards, self._leases.ledger) > 0:
                 self._exhausted = False
                 self._ask_refill()
-            self.open_lanes()
+        self.open_lanes()
+
+    async def _learn_share(self) -> None:
+        with contextlib.suppress(MillraceError):  # the share of a second ago serves as well
+            # An engine that was started anew may have other slots.
+            self.limit = limit_of(self.breaker.state, self._settings.batch_concurrency)
+            self._share = share_of(self.limit, await asyncio.to_thread(self._leases.owners))
 
 
 async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:

@@ -33,6 +33,10 @@ class Launch:
         return json.dumps(asdict(self))
 
 
+#: For requests that wait for a slot, and for those who ask how it is.
+SPARE_THREADS = 32
+
+
 def main() -> None:
     """Serve until stdin closes."""
     launch = Launch(**json.loads(sys.stdin.readline()))
@@ -53,6 +57,8 @@ def main() -> None:
     params.port = launch.port
     if launch.api_key:
         params.api_keys = [launch.api_key]
+    # A request keeps its thread while it waits for a slot; whoever finds none is not even told that we are there.
+    params.n_threads_http = launch.slots + SPARE_THREADS
     params.endpoint_metrics = True
     params.endpoint_slots = True
     params.embedding = True
