@@ -163,6 +163,7 @@ def results(
         )
         return
     _refuse_failed(batch)
+    _check_whole(ledger, batch, source, batch["error_file_id" if errors else "output_file_id"])
     if output is not None:
         copy(source, output)
         return
@@ -171,6 +172,21 @@ def results(
     with lines, _closed_pipe():
         shutil.copyfileobj(lines, sys.stdout.buffer)
         sys.stdout.buffer.flush()
+
+
+def _check_whole(ledger: Ledger, batch: dict[str, Any], source: Path, file_id: str | None) -> None:
+    """Refuse to hand out a file that has lost or got something; whether it was edited, verify knows.
+
+    Raises:
+        IntegrityError: It is not as long as it was.
+    """
+    recorded = ledger.file(file_id).bytes if file_id else 0
+    found = source.stat().st_size if source.exists() else None
+    if found != recorded:
+        raise IntegrityError(
+            f"{source} is gone." if found is None else f"{source} has {found} bytes; {recorded} were recorded.",
+            f"`millrace batch verify {batch['id']} --repair` writes it again from the segments.",
+        )
 
 
 def _follow(settings: Settings, ledger: Ledger, batch_id: str, *, errors: bool) -> None:

@@ -185,6 +185,8 @@ def test_a_prompt_that_does_not_fit_fails_alone(cli: Cli) -> None:
     (cli.data / "batches" / batch["id"] / "output.jsonl").unlink()
     broken = cli.run("batch", "verify", batch["id"])
     assert (broken.code, "--repair" in broken.err) == (1, True), broken
+    refused = cli.run("batch", "results", batch["id"], "-o", "never.out")
+    assert (refused.code, "is gone" in refused.err, "--repair" in refused.err) == (1, True, True), refused
     assert cli.run("batch", "verify", batch["id"], "--repair", "--json").json == verified.json
     assert finish(cli, batch["id"]).code == 1
     assert "1 failed row is run again" in cli.run("batch", "retry", batch["id"]).err
