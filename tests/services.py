@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -30,6 +31,22 @@ def until(condition: Callable[[], T], what: str | Callable[[], str], seconds: fl
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s: {what if isinstance(what, str) else what()}")
         time.sleep(0.02)
+
+
+def freeze(pid: int, ledger: Path) -> None:
+    """Stop a process with SIGSTOP, but not inside a write to the ledger: its lock would hold up everybody else."""
+
+    def stopped() -> bool:
+        os.kill(pid, signal.SIGSTOP)
+        with contextlib.closing(sqlite3.connect(ledger, timeout=0.5)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                os.kill(pid, signal.SIGCONT)
+                return False
+            return True
+
+    until(stopped, "a moment outside its writes", 20)
 
 
 def free_port() -> int:

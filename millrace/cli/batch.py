@@ -137,6 +137,8 @@ async def run_batch(stack: Stack, stream: BinaryIO, order: Order, output: Path) 
         counts = ledger.batch(batch_id)["request_counts"]
         done = counts["completed"] + counts["failed"]
         say(f"Taking up {batch_id}: {done} of {counts['total']} rows are answered.")
+    elif submitted.twin and not (status := ledger.status(submitted.twin)).final:
+        say(f"{submitted.twin} has the same rows and is {status}; {batch_id} asks for them anew.")
     await asyncio.to_thread(send_tickets)
     # Not before: workers at once go on with what was interrupted, and could end it before we took it up.
     await stack.ensure_workers()

@@ -68,6 +68,14 @@ def test_interrupted_and_taken_up(cli: Cli, scripted: Engine) -> None:
     assert not (cli.folder / "answers.jsonl").exists()
     clean(cli)
     scripted.script(tokens_per_second=0)
+    asked = scripted.stats()["requests"]
+    assert cli.run("batch", "pause", batch_id).code == 0
+    other = cli.run("batch", "run", path, "-o", "others.jsonl")
+    assert f"{batch_id} has the same rows and is paused; " in other.err
+    assert scripted.stats()["requests"] == asked + 120
+    newest = cli.run("batch", "list", "--json").json["data"][0]["id"]
+    assert cli.run("batch", "delete", newest, "--yes").code == 0
+    assert cli.run("batch", "resume", batch_id).code == 3  # recorded; no Redis runs that it could be told to
     again = cli.run(*command)
     assert again.code == 0, again
     assert f"Taking up {batch_id}: " in again.err
@@ -75,7 +83,7 @@ def test_interrupted_and_taken_up(cli: Cli, scripted: Engine) -> None:
     assert 20 <= kept < 120
     assert complete(cli, "answers.jsonl", 120)["id"] == batch_id
     # What was answered before was not asked again; in flight were at most as many as there are slots.
-    assert scripted.stats()["requests"] <= 120 + 2 * 8
+    assert scripted.stats()["requests"] <= 2 * 120 + 2 * 8
     clean(cli)
 
 

@@ -13,6 +13,7 @@ from millrace.selftest.parts import LEASE, kill, row
 from millrace.selftest.run import Run
 from tests.faults.harness import judged, running, until, words
 from tests.faults.oracle import digest, read_log
+from tests.services import freeze
 
 SINCE = {"worker": "the death of a worker", "engine": "the return of the engine", "Redis": "the return of Redis"}
 
@@ -51,7 +52,7 @@ def test_a_worker_sleeps_longer_than_its_lease(slow, figures):
     batch = slow.submit(source)
     with running(slow, batch) as sleeper:
         in_flight(slow, 8)
-        kill(sleeper.pid, signal.SIGSTOP)
+        freeze(sleeper.pid, slow.data_dir / "ledger.db")
         stopped = time.monotonic()
         slow.tell_engine(ttft_ms=500)
         with running(slow, batch) as heir:

@@ -29,7 +29,7 @@ from millrace.batch.suspects import LONE_DEATHS, MOST_PREPARATIONS, Flight
 from millrace.settings import Settings
 from tests.integration.test_runner import SHORT, Running, all_right, calls, ended, names, on, port_of, run
 from tests.scripted_engine import Engine, scripted_engine
-from tests.services import until
+from tests.services import freeze, until
 from tests.unit.batches import TTL, expire, planned, request
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -285,7 +285,7 @@ def test_a_worker_that_stood_still_for_longer_than_its_lease_accuses_nobody(
         process.start()
         assert process.pid is not None
         engine.wait_for(lambda stats: stats["in_flight"] == 12)
-        os.kill(process.pid, signal.SIGSTOP)
+        freeze(process.pid, settings.data_dir / "ledger.db")
         (shard,) = ledger.shards(batch)
         expire(ledger, shard.id)
         outcome = run(here, ledger)
