@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
-import shutil
 import signal
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +15,7 @@ from hypothesis import settings as hypothesis_settings
 
 from millrace.batch.ledger import Ledger
 from millrace.settings import Settings, get_settings, secret_fields
+from tests.postgres import postgres_server
 
 hypothesis_settings.register_profile(
     "millrace",
@@ -68,34 +66,6 @@ def ledger(settings: Settings) -> Iterator[Ledger]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """A PostgreSQL server of this test run: the URL of its database `postgres`."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed")
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    found = str(programs[-1]) if programs else shutil.which("initdb")
-    if found is None:
-        pytest.skip("no PostgreSQL server is installed")
-    with contextlib.ExitStack() as stack:
-        folder = Path(tempfile.mkdtemp(prefix="millrace-pg-"))  # a short path: it holds a Unix socket
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        user: dict[str, str] = {}
-        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-            try:
-                account = pwd.getpwnam("postgres")
-            except KeyError:
-                pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
-            os.chown(folder, account.pw_uid, account.pw_gid)
-            user = {"user": "postgres"}
-        data, control = folder / "data", Path(found).with_name("pg_ctl")
-        _run([found, "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"], folder, **user)
-        options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off -c max_connections=50"
-        _run([str(control), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start"], folder, **user)
-        stack.callback(_run, [str(control), "-D", str(data), "-m", "immediate", "stop"], folder, **user)
-        yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
-
-
-def _run(command: list[str], folder: Path, **options: str) -> None:
-    # Not pipes: the server would hold them open.
-    with (folder / "output").open("w+b") as output:
-        code = subprocess.run(command, cwd=folder, stdout=output, stderr=output, timeout=60, check=False, **options)
-        output.seek(0)
-        assert code.returncode == 0, f"{command}: {output.read().decode()}"
+    """The URL of the database `postgres` of this test run's PostgreSQL server."""
+    with postgres_server() as server:
+        yield server.url
