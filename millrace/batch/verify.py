@@ -152,12 +152,12 @@ def _check_rows(report: Report, folder: BatchFolder, batch_id: str) -> bool:
                 custom_id = "?"
             answered, failed = output.take(row), errors.take(row)
             if answered is not None and failed is not None:
-                report.find(f"row {row} ({custom_id}) stands in the output and in the errors")
+                report.find(f"input line {row + 1} ({custom_id}) stands in the output and in the errors")
             elif answered is None and failed is None:
-                report.find(f"row {row} ({custom_id}) has no line at its place")
+                report.find(f"input line {row + 1} ({custom_id}) has no line at its place")
             for found in (answered, failed):
                 if found is not None and found != custom_id:
-                    report.find(f"row {row} is {custom_id} in the input, {found} in its line")
+                    report.find(f"input line {row + 1} is {custom_id}, {found} in its line")
             report.output_lines += answered is not None
             report.error_lines += failed is not None
     report.never_run = errors.never_run
@@ -195,7 +195,11 @@ class _Lines:
     def _stray(self) -> None:
         assert self._next is not None
         number, row, custom_id = self._next
-        whose = f"row {row} ({custom_id}), there twice or out of order" if row >= 0 else "of another batch"
+        whose = (
+            f"that of input line {row + 1} ({custom_id}), there twice or out of order"
+            if row >= 0
+            else "of another batch"
+        )
         self._report.find(f"{self._path} line {number} is {whose}")
         self._next = next(self._lines, None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import re
 import signal
 import sys
 import time
@@ -32,6 +33,8 @@ from worker.supervisor import Heard, Supervisor
 LOOPBACK = "127.0.0.1"
 DRAINING = "Draining: requests in flight are answered, the rest is kept. Ctrl-C again ends at once."
 STATUS_LINE = 1.0  # seconds between its changes
+COUNTS = 60.0  # seconds between lines in a log that tell no more than how many rows are done
+_COUNT = re.compile(r"\d+/\d+ rows")
 
 
 def up(as_json: Json = False) -> None:
@@ -66,17 +69,17 @@ async def _up(*, as_json: bool) -> None:
 
 
 async def _status_line(stack: Stack) -> None:
-    """Keep one line up to date until it is time to end; a line a change where nobody watches."""
+    """Keep one line up to date until it is time to end; in a log, a line a change, of mere counts one a minute."""
     ledger = await asyncio.to_thread(Ledger.open, stack.settings)
-    shown = ""
+    shown, said = "", 0.0
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while not stack.stopping.is_set():
             line = await _line(stack, ledger)
             if console.is_terminal:
                 live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
-            elif line != shown:
+            elif line != shown and (_COUNT.sub("", line) != _COUNT.sub("", shown) or time.monotonic() > said + COUNTS):
                 say(line)
-            shown = line
+                shown, said = line, time.monotonic()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stack.stopping.wait(), STATUS_LINE)
 

@@ -118,11 +118,11 @@ def test_a_changed_file_is_found(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (without, "row 1 (id-01) has no line at its place"),
-        (doubled, "is row 1 (id-01), there twice or out of order"),
+        (without, "input line 2 (id-01) has no line at its place"),
+        (doubled, "is that of input line 2 (id-01), there twice or out of order"),
         (last_doubled, "there twice or out of order"),
-        (swap, "row 1 (id-01) has no line at its place"),
-        (renamed, "row 2 is id-02 in the input, id-yy in its line"),
+        (swap, "input line 2 (id-01) has no line at its place"),
+        (renamed, "input line 3 is id-02, id-yy in its line"),
         (longer, "is not an output line"),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_row_in_both_files_is_found(settings: Settings, ledger: Ledger, batch:
     lines = folder.output.read_bytes().splitlines(keepends=True)
     folder.output.write_bytes(b"".join([*lines[:4], line, *lines[4:]]))
     findings = verify(ledger, settings.data_dir, batch).findings
-    assert "row 4 (id-04) stands in the output and in the errors" in findings
+    assert "input line 5 (id-04) stands in the output and in the errors" in findings
 
 
 def test_a_line_of_another_batch_is_found(settings: Settings, ledger: Ledger, batch: str, folder: BatchFolder) -> None:
@@ -148,7 +148,7 @@ def test_a_line_of_another_batch_is_found(settings: Settings, ledger: Ledger, ba
     assert len(other[3]) == len(lines[3])
     folder.output.write_bytes(b"".join([*lines[:3], other[3], *lines[4:]]))
     findings = verify(ledger, settings.data_dir, batch).findings
-    assert "row 3 (id-03) has no line at its place" in findings
+    assert "input line 4 (id-03) has no line at its place" in findings
 
 
 @pytest.mark.parametrize("name", ["output.jsonl", "errors.jsonl", "input.jsonl"])
