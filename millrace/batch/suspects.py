@@ -177,10 +177,16 @@ class Flight:
     def close(self, *, keep: bool = False) -> None:
         """End the journal; `keep` it for the shard's next owner where suspects are left in it."""
         self._words.release()
-        self._map.close()
         if not keep:
-            self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+            self._map[:8] = bytes(8)  # should the file stay, it accuses nobody
+        self._map.close()
+        try:
+            if not keep:
+                self.path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be removed, and goes with its batch: %s.", self.path, error.strerror or error)
+        finally:
+            os.close(self._descriptor)
 
 
 @dataclass
