@@ -358,8 +358,11 @@ def test_demo(cli: Cli) -> None:
     done = cli.run("demo", seconds=100)
     assert done.code == 0, done
     assert "noise" not in done.err
-    rows = dict(re.findall(r"(?m)^(held-out|hand-written) +\d+ +(\d+) ", done.err))
-    assert int(rows["held-out"]) >= 0.6 * 150
+    found = re.findall(r"(?m)^(held-out|hand-written) +\d+ +(\d+) +[\d.]+% +(\d+) ", done.err)
+    right = {source: (int(all_right), int(two)) for source, all_right, two in found}
+    # The card's figures, less what another processor's rounding may turn.
+    assert right["held-out"][0] >= 0.94 * 150
+    assert right["hand-written"][1] >= 0.7 * 50
     assert "category and urgency right" in done.err
     assert "200 rows in, 200 answers out, 0 failed; verified: every row has exactly one line, in order." in done.err
     asked = [row["custom_id"] for row in cli.rows("examples/support-tickets.jsonl")]
