@@ -113,7 +113,7 @@ def test_up_drains(cli: Cli, scripted: Engine) -> None:
         done = running.wait()
     assert done.code == 0, done
     assert "Draining: requests in flight are answered, the rest is kept." in done.err
-    assert done.err.count("1 open batch, ") == 1  # nobody wants a line a second in a log
+    assert done.err.count("1 open batch, ") <= 1  # nobody wants a line a second in a log
     clean(cli)
     counts = cli.run("batch", "show", submitted.json["id"], "--json").json["request_counts"]
     stats = scripted.stats()
