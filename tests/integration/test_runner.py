@@ -570,10 +570,10 @@ def test_a_sync_that_hangs_does_not_cost_the_lease(
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", hanging)
-    with scripted_engine(slots=10) as engine, Running(on(settings, engine), ledger, ttl=2.0) as running:
+    with scripted_engine(slots=10) as engine, Running(on(settings, engine), ledger, ttl=4.0) as running:
         until(lambda: answered(ledger, batch) == 10)
         (before,) = ledger.shards(batch)
-        # Two leases further on it is still held.
+        # A whole lease further on it is still held.
         until(lambda: ledger.shards(batch)[0].lease_until > before.lease_until + 4.0)
         assert ledger.shards(batch)[0].state == ShardState.LEASED
         hangs.set()
