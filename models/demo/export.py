@@ -1,6 +1,6 @@
 """Write what train.py learned as a GGUF: `python models/demo/export.py FOLDER models/gguf/millrace-demo.gguf`.
 
-Needs Millrace with its extra `embedded`, and no PyTorch. `millrace models demo` writes the same weights for vLLM.
+Needs Millrace with its extra `embedded`, and no PyTorch. `millrace models demo-hf` writes the same weights for vLLM.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from millrace.batch.folder import BatchFolder
 from millrace.batch.ledger import Ledger
 from millrace.batch.prune import remove_orphans
 from millrace.selftest.parts import Project
-from tests.faults.harness import judged, running, words
+from tests.faults.harness import judged, running, until, words
 from tests.services import ROOT
 
 #: What the module says there is, and where the code has it.
@@ -77,13 +77,20 @@ def test_a_runner_dies(ours, point, figures):
     note(figures, verdict)
 
 
+def leases_over(project, batch):
+    """Wait until no lease of a batch runs any more."""
+    with project.ledger() as ledger:
+        ends = [shard.lease_until or 0.0 for shard in ledger.shards(batch)]
+    until(lambda: time.time() > max(ends), "the end of the leases", 20)
+
+
 @pytest.mark.parametrize("point", RECOVERING)
 def test_a_runner_dies_while_it_recovers(ours, point, figures):
     source = ours.write_rows(ROWS)
     batch = ours.submit(source)
     first = crash(ours, batch, "segment.flushed")
     # A point of recovery is passed for every claimed shard: by the one that has something to recover.
-    time.sleep(3.0)  # the lease of the first, which the second is to find run out
+    leases_over(ours, batch)  # that of the first, which the second is to find run out
     second = crash(ours, batch, point)
     assert run(ours, batch) == 0
     verdict, _ = judged(ours, batch, source, kills=[first, second], attempts=3)
@@ -96,7 +103,7 @@ def test_every_recovery_dies(ours, figures):
     batch = ours.submit(source)
     kills = [crash(ours, batch, "segment.flushed")]
     for _ in range(3):
-        time.sleep(3.0)  # a lease
+        leases_over(ours, batch)
         kills.append(crash(ours, batch, "recover.read"))
     assert run(ours, batch) == 0
     verdict, _ = judged(ours, batch, source, kills=kills, attempts=2)
