@@ -259,6 +259,10 @@ class Session:
             if shard.stopped is not None or not shard.waiting:
                 self._feeding.popleft()
                 continue
+            if not shard.lease.trusted:
+                # This process slept, or the claim took long: what is asked for now would be asked for twice.
+                self.stop_shard(shard, Renewal.LOST)
+                continue
             row, line = shard.waiting.popleft()
             if len(shard.waiting) < self._share and len(self._feeding) == 1:
                 self._ask_refill()
