@@ -84,6 +84,10 @@ class Worker:
 
     def kill(self) -> None:
         """Kill it and all its processes at once."""
+        kill(self.process.pid, signal.SIGSTOP)
+        if self.running:  # it would start again what it sees end; from now on it starts nothing
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.process.pid, os.WUNTRACED)
         for one in [*tree(self.process.pid), Process(self.process.pid, 0, "")]:
             kill(one.pid)
         self.process.wait()

@@ -177,6 +177,8 @@ class Run:
             pids = self._kill_worker(planned, worker, ledger)
         now = time.monotonic()
         self.moments.append(now)
+        for one in self._waiting:  # counted from the last thing that died
+            one.since = now
         if planned.part not in _OF_WORKERS:
             self._restarts.append((now + planned.outage, planned.part))
         seconds = now - self._started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import yaml
 
 from millrace.selftest.parts import Project
+from tests.cli import Cli
+from tests.services import until
 
 KNOWN = Path(__file__).with_name("known.yaml")
 FIGURES = "faults_figures"
@@ -66,6 +69,8 @@ def project(tmp_path: Path) -> Iterator[Callable[..., Project]]:
             return made[-1]
 
         yield make
+    here = Cli(tmp_path, {})
+    until(lambda: {one.pid for one in here.processes()} <= {os.getpid()}, lambda: f"left behind: {here.describe()}")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
