@@ -194,17 +194,23 @@ class Compose:
 
     def _ask(self, *arguments: str) -> str:
         """Return what docker prints, without the warnings beside it."""
-        done = subprocess.run(
+        with subprocess.Popen(
             [_docker(), *arguments],
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            check=False,
-        )
-        if done.returncode:
-            raise self._explain(done.stderr)
-        return done.stdout
+        ) as process:
+            try:
+                output, errors = process.communicate()
+            except BaseException:
+                process.kill()
+                process.wait()  # after a Ctrl-C `with` does not, and leaves a zombie and a warning
+                raise
+        if process.returncode:
+            raise self._explain(errors)
+        return output
 
     def _run(self, *arguments: str, told: Callable[[str], None] = lambda line: None) -> None:
         """Let Compose do something that takes its time; `told` hears what it says."""
@@ -227,6 +233,7 @@ class Compose:
             except BaseException:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # `docker` and its plugin, which older ones leave behind
+                process.wait()
                 raise
         if process.returncode:
             raise self._explain("".join(last))
