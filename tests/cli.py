@@ -22,8 +22,8 @@ from tests.services import ROOT, until
 T = TypeVar("T")
 
 MILLRACE = str(Path(sys.executable).with_name("millrace"))
-COMMAND = 60.0  # seconds a command may take
-END = 60.0  # seconds a stack may take to end
+COMMAND = 180.0  # seconds a command may take
+END = 180.0  # seconds a stack may take to end
 
 # Nobody listens at a port that is bound and not listened at, and nobody else can take it.
 _NOBODY = socket.socket()
@@ -81,7 +81,7 @@ class Running:
     def err(self) -> str:
         return self._err.read_text()
 
-    def until(self, condition: Callable[[], T], what: str, seconds: float = 40.0) -> T:
+    def until(self, condition: Callable[[], T], what: str, seconds: float = 120.0) -> T:
         """Wait for a condition; fail at once when the command ends before."""
 
         def look() -> T | None:

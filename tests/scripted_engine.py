@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 30.0
-END_SECONDS = 15.0
-CONDITION_SECONDS = 15.0
+START_SECONDS = 90.0
+END_SECONDS = 60.0
+CONDITION_SECONDS = 60.0
 
 
 class Engine:

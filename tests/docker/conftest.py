@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.docker.project import Project, docker
 
 BUILD = 1500.0  # seconds to compile llama.cpp on two cores, with room
+LIMIT = 3 * BUILD  # of a test, with the images that it is the first to need
 
 
 def _missing() -> str:
@@ -54,6 +57,32 @@ def llamacpp_image(tmp_path_factory: pytest.TempPathFactory) -> str:
     built = Project(tmp_path_factory.mktemp("image") / "project", "llamacpp")
     built.compose("build", "llm-server", seconds=BUILD)
     return "localhost/millrace-llamacpp"
+
+
+@pytest.fixture(scope="session")
+def worker_image(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Our image of workers, built once."""
+    Project(tmp_path_factory.mktemp("image") / "project", "worker").compose("build", "worker", seconds=BUILD)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _left_by_killed_runs() -> None:
+    """Remove what runs have left that were killed: their workers come back with the daemon, and take ports."""
+    if _missing():
+        return
+    for listed, remove in (
+        (
+            ("ps", "--all", "--format", '{{.ID}} {{.Label "com.docker.compose.project"}}'),
+            ("rm", "--force", "--volumes"),
+        ),
+        (("network", "ls", "--format", '{{.ID}} {{.Label "com.docker.compose.project"}}'), ("network", "rm")),
+        (("volume", "ls", "--format", '{{.Name}} {{.Label "com.docker.compose.project"}}'), ("volume", "rm")),
+    ):
+        for line in docker(*listed).stdout.splitlines():
+            one, _, name = line.partition(" ")
+            run = re.match(r"millrace-test-(\d+)-", name)
+            if run and not psutil.pid_exists(int(run[1])):
+                docker(*remove, one, check=False)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import secrets
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,6 +31,8 @@ SOURCES = (
 )
 MODEL = "tiny"
 
+# Of this process, and of no earlier one with its number.
+_RUN = f"{os.getpid()}-{secrets.token_hex(3)}"
 _numbers = itertools.count()
 
 
@@ -50,10 +53,13 @@ class Project:
 
     def __init__(self, folder: Path, *overrides: str, **variables: object) -> None:
         self.folder = folder
-        self.name = f"millrace-test-{os.getpid()}-{next(_numbers)}"
+        self.name = f"millrace-test-{_RUN}-{next(_numbers)}"
         folder.mkdir(parents=True, exist_ok=True)
         for path in [*ROOT.glob("docker-compose*.yml"), *(ROOT / name for name in FILES)]:
             shutil.copy(path, folder)
+        # Some may run here already, of somebody else.
+        worker = folder / "docker-compose.worker.yml"
+        worker.write_text(worker.read_text().replace("127.0.0.1:9810-9813:", "127.0.0.1::"))
         for name in SOURCES:
             source = ROOT / name
             if source.is_dir():
@@ -63,6 +69,8 @@ class Project:
         shutil.copytree(ROOT / "docker", folder / "docker")
         self.variables: dict[str, str] = {}
         self.cli = Cli(folder, {})
+        # The lock of starting engines is among our own projects alone.
+        self.cli.environment["TMPDIR"] = str(folder.parent)
         # Celery's result backend calls what redis-py 8 has renamed.
         self.cli.environment["PYTHONWARNINGS"] += ",ignore:Call to deprecated setex"
         own = {

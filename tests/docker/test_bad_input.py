@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.cli import Done
-from tests.docker.conftest import BUILD
+from tests.docker.conftest import LIMIT
 from tests.docker.project import Project, docker
 from tests.services import environment
 
-pytestmark = pytest.mark.timeout(BUILD)
+pytestmark = pytest.mark.timeout(LIMIT)
 
 SOON = 30.0  # seconds; the health check alone would allow half an hour
 
@@ -161,14 +161,14 @@ def test_another_services_image_that_is_not_there(queued: Callable[..., Project]
     assert "redis" in message
 
 
-def test_a_data_dir_that_is_not_there(queued: Callable[..., Project]) -> None:
+def test_a_data_dir_that_is_not_there(queued: Callable[..., Project], worker_image: None) -> None:
     one = queued("llamacpp", "worker", DATA_DIR="nowhere")
     done = refused(one, "folder_missing", seconds=120)
     assert f"There is no folder {one.folder}/nowhere" in done.error["message"]
     (one.folder / "nowhere").mkdir()
 
 
-def test_a_data_dir_that_workers_cannot_write(queued: Callable[..., Project]) -> None:
+def test_a_data_dir_that_workers_cannot_write(queued: Callable[..., Project], worker_image: None) -> None:
     one = queued("llamacpp", "worker", WORKER_USER="4242:4242")
     (one.folder / "millrace-data").mkdir(mode=0o700)
     done = refused(one, "container_failed", seconds=120)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.conftest import BUILD
+from tests.docker.conftest import BUILD, LIMIT
 from tests.docker.project import Project, docker
 from tests.services import ROOT, free_port
 
-pytestmark = pytest.mark.timeout(BUILD)
+pytestmark = pytest.mark.timeout(LIMIT)
 
 
 def commands() -> list[str]:
@@ -39,6 +39,7 @@ def test_every_command_of_the_page_runs(
         "VLLM_ARGS": "--enforce-eager --dtype bfloat16",
         "LLM_MODEL": "tiny",
         "N_THREADS": "1",
+        "DOCKER_BUILDKIT": "1",  # whose cache knows what was compiled
     }
     found = commands()
     assert len(found) > 15
@@ -47,7 +48,13 @@ def test_every_command_of_the_page_runs(
         own = re.sub(r"127\.0\.0\.1:800\d:", lambda _: f"127.0.0.1:{free_port()}:", command)
         own = re.sub(r"--name (\w+)", rf"--name {one.name}-\1 --label com.docker.compose.project={one.name}", own)
         done = subprocess.run(
-            ["sh", "-c", own], cwd=one.folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+            ["sh", "-c", own],
+            cwd=one.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=BUILD,
+            check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         for path in one.folder.glob("models/**/*"):
@@ -65,5 +72,5 @@ def _healthy(name: str) -> None:
     def health() -> str:
         return docker("inspect", "-f", "{{.State.Status}} {{.State.Health.Status}}", name).stdout.strip()
 
-    until(lambda: health() != "running starting", f"{name} that is up", 300)
+    until(lambda: health() != "running starting", f"{name} that is up", 900)
     assert health() == "running healthy", docker("logs", name, check=False).stderr

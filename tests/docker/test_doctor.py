@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,9 +94,7 @@ def test_daemon_that_hangs(project: Projects) -> None:
     cli = project("llamacpp").cli
     with daemon_socket() as path:
         cli.environment["DOCKER_HOST"] = f"unix://{path}"
-        started = time.monotonic()
         assert "no answer within" in found(examine(cli, 3), "docker")["what"]
-        assert time.monotonic() - started < 10
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root may use every socket")

@@ -22,7 +22,7 @@ from millrace.selftest.parts import Project
 from millrace.settings import environment
 from tests.faults.oracle import Verdict, check
 
-LEASE = 3.0  # seconds; the shortest there is
+LEASE = 3.0  # seconds; the shortest there is, for tests that wait for its end
 
 
 def submitted(project: Project, source: Path, ledger: Ledger, **order: Any) -> str:
@@ -32,7 +32,7 @@ def submitted(project: Project, source: Path, ledger: Ledger, **order: Any) -> s
 
 
 @contextlib.contextmanager
-def session(project: Project, ledger: Ledger, owner: str = "runner", ttl: float = LEASE) -> Iterator[Future[Outcome]]:
+def session(project: Project, ledger: Ledger, owner: str = "runner", ttl: float = 30.0) -> Iterator[Future[Outcome]]:
     """Run a session in a thread of its own; the end of the block stops it."""
     stop = threading.Event()
     running = Session(Leases(ledger, owner, ttl), project.settings(), stop=stop.is_set, seconds=300.0)

@@ -62,7 +62,7 @@ def test_the_clock_jumps_while_two_sessions_run(ours: Project, jump: float) -> N
     clock, source = Clock(), ours.write_rows(160)
     with clock.ledger(ours) as ledger:
         batch = submitted(ours, source, ledger)
-        with session(ours, ledger, "one") as one, session(ours, ledger, "two") as two:
+        with session(ours, ledger, "one", LEASE) as one, session(ours, ledger, "two", LEASE) as two:
             until(lambda: answered(ours) > 40, "some answers")
             clock.shift = jump
             jumped = time.monotonic()
@@ -76,7 +76,7 @@ def test_the_clock_jumps_while_two_sessions_run(ours: Project, jump: float) -> N
 def test_a_dead_runner_holds_its_shards_no_longer_when_the_clock_is_set_back(
     ours: Project, figures: Callable[[str, float], None]
 ) -> None:
-    clock, source = Clock(), ours.write_rows(80)
+    clock, source = Clock(), ours.write_rows(400)
     with clock.ledger(ours) as ledger:
         batch = submitted(ours, source, ledger)
         with process(ours):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -22,7 +23,7 @@ from millrace.errors import IntegrityError, MillraceError
 from millrace.selftest.parts import Project
 from tests.faults.oracle import read_log
 from tests.faults.sessions import LEASE, merged, process, run, session, submitted
-from tests.services import until
+from tests.services import freeze, until
 from tests.unit.batches import expire
 
 ROWS = 120
@@ -31,7 +32,7 @@ Make = Callable[..., Project]
 
 @pytest.fixture
 def ours(project: Make) -> Project:
-    made = project(script={"slots": 4, "ttft_ms": 50}, batch_concurrency=8)
+    made = project(script={"slots": 4, "ttft_ms": 150}, batch_concurrency=8)
     made.start_engine()
     return made
 
@@ -151,23 +152,31 @@ def test_a_sync_fails(ours: Project, monkeypatch: pytest.MonkeyPatch) -> None:
         assert verdict.run_again > 0
 
 
-def broken_off(ours: Project, answers: int) -> float:
-    """Run a session in a process, kill it after so many answers, and return when."""
-    with process(ours):
-        until(lambda: answered(ours) >= answers, "some answers")
-        return time.monotonic()
+def broken_off(ours: Project, ledger: Ledger, batch: str) -> tuple[float, Path]:
+    """Run a session in a process, kill it in the middle of a shard; return when, and the shard's segment."""
+    folder = BatchFolder.of(ours.data_dir, batch)
+    with process(ours) as child:
 
+        def halfway() -> Path | None:
+            if answered(ours) < 20:
+                return None
+            freeze(child.pid, ours.data_dir / "ledger.db")
+            for shard in ledger.shards(batch):
+                path = folder.segment(shard.number, shard.epoch)
+                if shard.state == ShardState.LEASED and path.exists() and path.read_bytes().count(b"\n") >= 2:
+                    return path
+            os.kill(child.pid, signal.SIGCONT)
+            return None
 
-def newest(folder: BatchFolder) -> Path:
-    """Return the segment that was written last, of those with answers."""
-    return max((path for path in folder.segments.glob("*.*.jsonl") if path.stat().st_size), key=os.path.getmtime)
+        path = until(halfway, "a shard in its middle")
+        assert path is not None
+        return time.monotonic(), path
 
 
 def test_the_last_line_is_torn(ours: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """truncated_last_line: of what a dead runner left the whole lines count, once they are on the disk."""
     with begun(ours) as (ledger, batch, source):
-        killed = broken_off(ours, 20)
-        torn = newest(BatchFolder.of(ours.data_dir, batch))
+        killed, torn = broken_off(ours, ledger, batch)
         os.truncate(torn, torn.stat().st_size - 5)
         real, synced = os.fsync, set()
 
@@ -185,7 +194,7 @@ def test_the_last_line_is_torn(ours: Project, monkeypatch: pytest.MonkeyPatch) -
 def test_a_sealed_segment_is_cut_short(ours: Project) -> None:
     """Nobody can complete such a batch: it fails in one sentence, and is not run for ever."""
     with begun(ours) as (ledger, batch, _):
-        broken_off(ours, 20)
+        broken_off(ours, ledger, batch)
         free_all(ledger, batch)
         folder = BatchFolder.of(ours.data_dir, batch)
         # Owners that seal what the killed one had answered, and are killed in turn.

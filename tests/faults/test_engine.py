@@ -24,8 +24,8 @@ from tests.faults.sessions import submitted
 
 Figures = Callable[[str, float], None]
 
-LEASE = 3.0  # seconds
-ROW_TIMEOUT = 6.0  # seconds
+LEASE = 4.0  # seconds
+ROW_TIMEOUT = 12.0  # seconds
 SCRIPT: dict[str, Any] = {"slots": 8, "ttft_ms": 50}
 
 
@@ -128,7 +128,7 @@ def test_all_faults_at_once(stand: Stand) -> None:
 
 def test_the_engine_answers_500_to_everything(stand: Stand, figures: Figures) -> None:
     """A burst that is longer than a row's tries: rows wait, none fails."""
-    begun = stand.begin(100, 20)
+    begun = stand.begin(400, 20)
     stand.project.tell_engine(rules=[{"then": {"do": "status", "status": 500}}])
     broken = time.monotonic()
     until(lambda: time.monotonic() > broken + 6, "the burst's time", 60)
@@ -141,7 +141,7 @@ def test_the_engine_answers_500_to_everything(stand: Stand, figures: Figures) ->
 
 def test_the_engine_is_killed_and_loads_its_model_again(stand: Stand, figures: Figures) -> None:
     """server_oom_restart: what was in flight is asked again, and nothing else."""
-    begun = stand.begin(150, 40)
+    begun = stand.begin(400, 40)
     killed = time.monotonic()
     stand.restart_engine(load_seconds=1.5)
     had, ready = begun.answers, time.monotonic() + 1.5
@@ -152,7 +152,7 @@ def test_the_engine_is_killed_and_loads_its_model_again(stand: Stand, figures: F
 
 def test_the_engine_hangs_for_longer_than_a_lease(stand: Stand) -> None:
     """server_hang: the runner lives and renews its lease, so nobody asks its rows again."""
-    begun = stand.begin(100, 20)
+    begun = stand.begin(400, 20)
     assert stand.project.engine is not None
     os.kill(stand.project.engine.pid, signal.SIGSTOP)
     stopped = time.monotonic()
@@ -167,7 +167,7 @@ def test_the_engine_hangs_for_longer_than_a_lease(stand: Stand) -> None:
 
 def test_the_engine_comes_back_with_another_model(stand: Stand) -> None:
     """Rows wait for theirs; no answer of the other one is taken."""
-    begun = stand.begin(150, 30)
+    begun = stand.begin(400, 30)
     killed = time.monotonic()
     stand.restart_engine(models=["other"], answer_tokens=5)
     until(lambda: "other" in stand.project.workers[0].log, stand.log, 60)

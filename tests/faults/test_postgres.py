@@ -39,11 +39,13 @@ def test_postgresql_crashes_while_a_batch_runs(project, postgres, figures):
     source = ours.write_rows(ROWS)
     batch = ours.submit(source)
     until(lambda: answers(ours) > 100, "some answers", 60)
+    ours.tell_engine(ttft_ms=500)  # what is claimed lasts for seconds
     postgres.kill()
     gone = answers(ours)
     # What is claimed goes on without the ledger; nothing more can be claimed.
     until(lambda: answers(ours) > gone, "answers without a ledger", 20)
     postgres.start()
+    ours.tell_engine(ttft_ms=50)
     back = time.monotonic()
     verdict, _ = judged(ours, batch, source, attempts=1)
     figures("the end of a batch after PostgreSQL's return, s", time.monotonic() - back)

@@ -128,7 +128,7 @@ def test_another_database_is_left_alone(settings: Settings, server: OwnRedis, cl
 
 
 def test_what_has_expired_stays_away(settings: Settings, client: Any, tmp_path: Path) -> None:
-    client.set("short", "x", px=300)
+    client.set("short", "x", px=5000)
     client.set("long", "x", ex=500)
     assert save(settings, tmp_path / "b", embedded=False).members["redis.jsonl"].rows == 2
     until(lambda: not client.exists("short"), "the end of a key")

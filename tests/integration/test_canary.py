@@ -85,17 +85,17 @@ def test_rows_after_many_good_ones_are_not_the_first(watched: Settings, ledger: 
 
 
 def test_a_session_pauses_and_a_resumed_batch_goes_on_all_the_same(watched: Settings, ledger: Ledger) -> None:
-    batch = planned(watched, ledger, rows(60))
+    batch = planned(watched, ledger, rows(300))
     with scripted_engine(slots=1, rules=[REFUSED], ttft_ms=5) as engine:
         here = on(watched, engine)
         run(here, ledger)
         assert ledger.status(batch) is Status.PAUSED
         counts: dict[str, Any] = ledger.batch(batch)["request_counts"]
-        assert 10 <= counts["failed"] < 60
+        assert 10 <= counts["failed"] < 300
         reason = ledger.batch(batch)["millrace"]["reason"]
         assert "10 of the first 10 rows failed with invalid_request_error" in reason
         assert "no such tool. Mend it" in reason
         resume(ledger, watched.data_dir, batch)
         run(here, ledger)
     output, errors = ended(watched, ledger, batch)
-    assert (len(output), len(errors)) == (0, 60)
+    assert (len(output), len(errors)) == (0, 300)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -252,10 +253,13 @@ def test_prompts_and_answers_are_nowhere(site: Watched, plain: Celery) -> None:
 
 def everything(site: Watched) -> str:
     """Return all that can be read in Flower now."""
-    worker = site.flower.get(f"/api/workers?refresh=1&workername={WORKER}")[WORKER]
-    assert worker["active"]
-    assert worker["reserved"]
-    assert worker["scheduled"]
+
+    def looked() -> Any:
+        worker = site.flower.get(f"/api/workers?refresh=1&workername={WORKER}")[WORKER]
+        return worker if all(worker.get(what) for what in ("active", "reserved", "scheduled")) else None
+
+    # Flower asks eight things at once, and leaves out what is not answered within a second.
+    worker = until(looked, "what the worker is doing")
     tasks = site.flower.get("/api/tasks")
     table = "draw=1&start=0&length=100&order[0][column]=0&order[0][dir]=asc&columns[0][data]=name"
     paths = ["/", "/workers", "/workers?json=1", "/tasks", f"/tasks/datatable?{table}", "/broker", "/metrics"]

@@ -160,9 +160,11 @@ def test_canvas(stack: Stack, ours: Any) -> None:
 def test_a_high_task_overtakes_a_hundred_low_ones(stack: Stack, ours: Any) -> None:
     # The first one is held at the engine until everything is queued behind it.
     stack.engine.script(
-        rules=[{"when": {"contains": "first of all", "times": 1}, "then": {"do": "slow", "seconds": 1.5}}]
+        rules=[{"when": {"contains": "first of all", "times": 1}, "then": {"do": "slow", "seconds": 6}}]
     )
-    first = ours.chat.delay([{"role": "user", "content": "first of all"}], priority="low")
+    first = ours.chat.apply_async(
+        [[{"role": "user", "content": "first of all"}]], priority="low", soft_time_limit=60, time_limit=90
+    )
     stack.engine.wait_for(lambda stats: stats["in_flight"] == 1)
     low = [ours.chat.delay([{"role": "user", "content": f"low {n}"}], priority="low") for n in range(100)]
     normal = ours.chat.delay([{"role": "user", "content": "a normal one"}])

@@ -170,13 +170,13 @@ def test_rows_that_a_kill_met_by_chance_run_again_in_two_rounds(
 ) -> None:
     batch = planned(settings, ledger, rows(80))
     with (
-        scripted_engine(slots=64, ttft_ms=300) as engine,
+        scripted_engine(slots=64, rules=[{"then": {"do": "hang"}}]) as engine,
         workers(on(settings, engine, batch_concurrency=64), 1) as processes,
     ):
         engine.wait_for(lambda stats: stats["in_flight"] == 64)
         (shard,) = ledger.shards(batch)
         processes.kill(int(shard.owner))
-        engine.script(ttft_ms=50)
+        engine.script(rules=[], ttft_ms=500)
         before = len(engine.log())
         expire(ledger, shard.id)
         until(ledger.ready_to_merge, lambda: str(ledger.batch(batch)))

@@ -22,7 +22,7 @@ from tests.services import environment, free_port, until
 VLLM = Path(os.environ.get("VLLM_PYTHON", "/nowhere")).with_name("vllm")
 pytestmark = [
     pytest.mark.skipif(not VLLM.exists(), reason="VLLM_PYTHON names no environment with vLLM"),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
 ]
 
 
