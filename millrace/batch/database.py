@@ -54,9 +54,12 @@ class Database:
         """Open the ledger that there is, as `open` does; None where none was made yet. Nothing is made.
 
         Raises:
+            StorageError: DATA_DIR is no folder; or see `open`.
             NotFound: Batches lie in DATA_DIR, and the ledger that knew them does not (ledger_missing).
-            Unreachable, StorageError: See `open`.
+            Unreachable: See `open`.
         """
+        if settings.data_dir.exists() and not settings.data_dir.is_dir():
+            raise StorageError(f"DATA_DIR is {settings.data_dir}, which is no folder.", "Name a folder.")
         url = sa.make_url(settings.ledger_url)
         if url.get_backend_name() != "sqlite" or Path(url.database or "").exists():
             return cls.open(settings)

@@ -64,6 +64,9 @@ class Report:
     wasted_tokens: int = 0
     #: Bytes that were written and do not count: torn tails and what replaced runners went on writing.
     unsealed_bytes: int = 0
+    #: Whether the output or the errors are not what was recorded, and whether the input or a segment is not.
+    damaged_results: bool = False
+    damaged_sources: bool = False
     findings: list[str] = field(default_factory=list)
     more_findings: int = 0
 
@@ -71,6 +74,16 @@ class Report:
     def ok(self) -> bool:
         """Whether every row has exactly one line and every file is what was recorded."""
         return not self.findings
+
+    @property
+    def found(self) -> int:
+        """How many findings there are."""
+        return len(self.findings) + self.more_findings
+
+    @property
+    def repairable(self) -> bool:
+        """Whether output and errors are damaged, and what they are made from is not."""
+        return self.damaged_results and not self.damaged_sources
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as a JSON object."""
@@ -110,18 +123,20 @@ def verify(ledger: Ledger, data_dir: Path, batch_id: str) -> Report:
         )
     folder = BatchFolder.there(data_dir, batch_id)
     report = Report(batch_id, status)
+
+    def changed(file_id: str | None, path: Path) -> bool:
+        record = None if file_id is None else ledger.file(file_id)
+        return record is not None and not _check_hash(report, path, record.bytes, record.sha256)
+
     # The files and segments as such first: of a missing one, every row's finding would hide that.
-    for file_id, path in (
-        (batch["input_file_id"], folder.input),
-        (batch["output_file_id"], folder.output),
-        (batch["error_file_id"], folder.errors),
-    ):
-        if file_id is not None:
-            record = ledger.file(file_id)
-            _check_hash(report, path, record.bytes, record.sha256)
+    other_input = changed(batch["input_file_id"], folder.input)
+    other_results = [changed(batch["output_file_id"], folder.output), changed(batch["error_file_id"], folder.errors)]
     shards = ledger.shards(batch_id)
+    before = report.found
     _check_segments(report, folder, shards)
-    compared = _check_rows(report, folder, batch_id)
+    report.damaged_sources = other_input or report.found > before
+    before = report.found
+    compared = not other_input and _check_rows(report, folder, batch_id)
     counts = batch["request_counts"]
     for what, found, promised in (
         ("the input has {} rows", report.rows, counts["total"]),
@@ -130,6 +145,7 @@ def verify(ledger: Ledger, data_dir: Path, batch_id: str) -> Report:
     ):
         if compared and found != promised:
             report.find(f"{what.format(found)}, the ledger counts {promised}")
+    report.damaged_results = any(other_results) or report.found > before
     report.claims = batch["millrace"]["claims"]
     report.extra_claims = report.claims - sum(shard.attempts > 0 for shard in shards)
     return report
@@ -140,7 +156,7 @@ def _check_rows(report: Report, folder: BatchFolder, batch_id: str) -> bool:
     output, errors = _Lines(report, folder.output, batch_id), _Lines(report, folder.errors, batch_id)
     try:
         source = folder.input.open("rb")
-    except OSError:  # which was found before, and says all there is to say
+    except OSError:  # gone since its hash was taken
         return False
     with source:
         for row, raw in enumerate(source):
@@ -221,16 +237,18 @@ class _Lines:
                 yield number, int(digits) if digits.isdecimal() else -1, line.custom_id
 
 
-def _check_hash(report: Report, path: Path, size: int, sha256: str) -> None:
+def _check_hash(report: Report, path: Path, size: int, sha256: str) -> bool:
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
             length = file.tell()
     except OSError as error:
         report.find(f"{path} cannot be read: {error.strerror}")
-        return
+        return False
     if (length, found) != (size, sha256):
         report.find(f"{path} was changed: {length} bytes, {size} were recorded; sha256 {found[:12]}…")
+        return False
+    return True
 
 
 def _check_segments(report: Report, folder: BatchFolder, shards: list[sa.Row[Any]]) -> None:

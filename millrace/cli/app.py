@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
+import os
+import sys
 from importlib import import_module
 from typing import Annotated
 
@@ -11,7 +14,7 @@ import typer
 
 from millrace import __version__
 from millrace.cli.output import console, print_error
-from millrace.errors import InputError, MillraceError
+from millrace.errors import InputError, MillraceError, StorageError
 
 #: Where each command or group of commands is; what is not asked for is not loaded.
 COMMANDS = {
@@ -63,6 +66,10 @@ def _root(
         raise typer.Exit
 
 
+#: Of writes; an OSError that no path caused and that has one of these is stdout's.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -73,6 +80,17 @@ def run(arguments: list[str]) -> int:
     gc.enable()
     try:
         code = command.main(arguments, prog_name="millrace", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        _leave_stdout()
+        return 0
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:
+            raise
+        _leave_stdout()
+        full = f"What stands behind stdout cannot be written: {error.strerror}."
+        print_error(StorageError(full, "Make room, then run the command again.", code="disk_full"), as_json=False)
+        return StorageError.exit_code
     except MillraceError as error:
         print_error(error, as_json=as_json)
         return error.exit_code
@@ -87,3 +105,8 @@ def run(arguments: list[str]) -> int:
         print_error(InputError(error.format_message(), f"See `{asked} --help`.", code="usage"), as_json=as_json)
         return 2
     return int(code or 0)
+
+
+def _leave_stdout() -> None:
+    """Write no more there: Python would try again, and complain, when it flushes stdout at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ from millrace import presence
 from millrace.batch.folder import BatchFolder
 from millrace.batch.inputs import Format, Request, columns, detect_format
 from millrace.batch.ledger import Ledger, Window
-from millrace.batch.schema import Priority
+from millrace.batch.schema import Priority, Status
 from millrace.batch.submit import Order, Submitted, open_input, submit
 from millrace.cli import batch_life, batch_look
 from millrace.cli.batch_life import send_tickets
@@ -109,7 +108,9 @@ def run_command(
     settings = get_settings()
     order = _order(settings, file, model, priority, name, prompt_template, system, file_format)
     order = replace(order, idempotency_key=idempotency_key, window=None if window is None else Window.parse(window))
-    _check_target(settings, output, file)
+    batch_look.check_target(settings, output)
+    if file != "-" and output.exists() and Path(file).exists() and output.samefile(file):
+        raise InputError(f"{output} is the input file.", "Name another file after -o.", code="unwritable_output")
     with _input(file) as stream:
         code = asyncio.run(_run(stream, order, output, as_json=as_json))
     raise typer.Exit(code)
@@ -147,6 +148,8 @@ async def run_batch(stack: Stack, stream: BinaryIO, order: Order, output: Path) 
     if final is None:
         say(f"{batch_id} is kept; the same command takes it up again.")
         return batch, 130
+    if final is Status.PAUSED:
+        return batch, 1
     if batch["errors"]:
         problem = batch["errors"]["data"][0]
         raise IntegrityError(f"{batch_id} has failed: {problem['message']}", code=problem["code"])
@@ -205,44 +208,24 @@ def fetch(settings: Settings, batch: dict[str, Any], output: Path, failures: Pat
         failures.unlink(missing_ok=True)
 
 
-def _check_target(settings: Settings, output: Path, source: str) -> None:
-    """Find out before the run, not after it, that the answers cannot or must not be written there."""
-    if output.is_dir():
-        raise InputError(f"{output} is a folder.", "Name a file after -o.", code="unwritable_output")
-    if output.exists() and not output.is_file():
-        raise InputError(
-            f"{output} is no ordinary file.",
-            "Name a file after -o; `millrace batch results ID` writes answers to stdout.",
-            code="unwritable_output",
-        )
-    if source != "-" and output.exists() and Path(source).exists() and output.samefile(source):
-        raise InputError(f"{output} is the input file.", "Name another file after -o.", code="unwritable_output")
-    if output.resolve().is_relative_to(settings.data_dir.resolve()):
-        raise InputError(
-            f"{output} lies in DATA_DIR, among the files of batches.",
-            "Name a place outside it after -o.",
-            code="unwritable_output",
-        )
-    parent = output.resolve().parent
-    if not os.access(parent, os.W_OK) or (output.exists() and not os.access(output, os.W_OK)):
-        raise InputError(
-            f"{output} cannot be written: {parent} is missing or not yours to write.",
-            "Name another place after -o.",
-            code="unwritable_output",
-        )
-
-
 def _summarize(batch: dict[str, Any], submitted: Submitted, seconds: float, output: Path, failures: Path) -> None:
     counts, usage = batch["request_counts"], batch["usage"]
+    ended = counts["completed"] + counts["failed"]
     say(
         f"{counts['completed']} of {counts['total']} rows answered in {duration(seconds)} "
-        f"({counts['total'] / max(seconds, 1e-3):.1f} rows/s, "
+        f"({ended / max(seconds, 1e-3):.1f} rows/s, "
         f"{usage['output_tokens'] / max(seconds, 1e-3):.0f} tokens/s) → {output}"
         if not submitted.resumed
         else f"{counts['completed']} of {counts['total']} rows answered → {output}"
     )
     if counts["failed"]:
         say(f"{counts['failed']} {'row' if counts['failed'] == 1 else 'rows'} failed → {failures}")
+    if never := counts["total"] - ended:
+        say(
+            f"The batch {'has expired' if batch['status'] == Status.EXPIRED else 'was cancelled'}: {never} "
+            f"{'row was' if never == 1 else 'rows were'} not run → {failures}; "
+            f"`millrace batch resume {batch['id']}` runs them."
+        )
     say(f"Check it: millrace batch verify {batch['id']}")
 
 

@@ -110,8 +110,8 @@ def send_tickets() -> None:
         send()
     except OperationalError as error:
         raise Unreachable(
-            f"The batch is recorded, but Redis did not take its tickets: {str(error).rstrip('.')}.",
-            "Workers find it once Redis answers again; nothing needs to be said again.",
+            f"It is recorded, but Redis did not take the tickets: {str(error).rstrip('.')}.",
+            "Workers find it once there is a Redis, which `millrace up` brings; nothing needs to be said again.",
             code="redis_unreachable",
         ) from error
 

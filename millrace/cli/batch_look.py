@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,11 +163,12 @@ def results(
     _refuse_failed(batch)
     _check_whole(ledger, batch, source, batch["error_file_id" if errors else "output_file_id"])
     if output is not None:
+        check_target(settings, output)
         copy(source, output)
         return
     with storage_errors(source):
         lines = source.open("rb")
-    with lines, _closed_pipe():
+    with lines:
         shutil.copyfileobj(lines, sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
@@ -199,20 +198,10 @@ def _follow(settings: Settings, ledger: Ledger, batch_id: str, *, errors: bool) 
             say(paused(ledger.batch(batch_id)))
         said = status is Status.PAUSED
 
-    with _closed_pipe():
-        for line in follow_batch(ledger, settings.data_dir, batch_id, errors=errors, looked=looked):
-            sys.stdout.buffer.write(line + b"\n")
-        sys.stdout.buffer.flush()
+    for line in follow_batch(ledger, settings.data_dir, batch_id, errors=errors, looked=looked):
+        sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.buffer.flush()
     _refuse_failed(ledger.batch(batch_id))
-
-
-@contextlib.contextmanager
-def _closed_pipe() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        # `| head` has seen enough. Python would complain once more when it flushes stdout at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse_failed(batch: dict[str, Any]) -> None:
@@ -237,7 +226,7 @@ def verify(
     settings = get_settings()
     ledger = opened(settings)
     report = verify_batch(ledger, settings.data_dir, batch_id)
-    if repair and not report.ok:
+    if repair and report.repairable:
         rewrite(ledger, settings.data_dir, batch_id)
         say("Output and errors were written again from the segments.")
         report = verify_batch(ledger, settings.data_dir, batch_id)
@@ -255,8 +244,11 @@ def verify(
             answers.print(f"  {finding}", markup=False)
         if report.more_findings:
             answers.print(f"  … and {report.more_findings} more.")
-        if not report.ok and not repair:
+        if report.repairable:
             say(f"→ `millrace batch verify {batch_id} --repair` writes output and errors again from the segments.")
+        elif not report.ok:
+            whole = "" if report.damaged_results else " Output and errors are what was recorded."
+            say(f"→ What they are made from is damaged: restore it from a backup.{whole} Nothing was changed.")
         if report.never_run:
             answers.print(f"  {report.never_run} of the failures are rows that were never run.")
         if report.extra_claims:
@@ -269,6 +261,27 @@ def verify(
                 "of runners that were replaced."
             )
     raise typer.Exit(0 if report.ok else 1)
+
+
+def check_target(settings: Settings, output: Path) -> None:
+    """Find out beforehand that answers cannot or must not be written there.
+
+    Raises:
+        InputError: Why not (unwritable_output).
+    """
+    wrong, hint = "", "Name another place after -o."
+    parent = output.resolve().parent
+    if output.is_dir():
+        wrong, hint = f"{output} is a folder.", "Name a file after -o."
+    elif output.exists() and not output.is_file():  # which a rename would replace
+        wrong = f"{output} is no ordinary file."
+        hint = "Name a file after -o; `millrace batch results ID` writes answers to stdout."
+    elif output.resolve().is_relative_to(settings.data_dir.resolve()):
+        wrong, hint = f"{output} lies in DATA_DIR, among the files of batches.", "Name a place outside it after -o."
+    elif not os.access(parent, os.W_OK) or (output.exists() and not os.access(output, os.W_OK)):
+        wrong = f"{output} cannot be written: {parent} is missing or not yours to write."
+    if wrong:
+        raise InputError(wrong, hint, code="unwritable_output")
 
 
 def copy(source: Path, target: Path) -> None:
@@ -299,7 +312,8 @@ def _note(batch: dict[str, Any]) -> str:
     """Return what a list says of a batch besides: why it is paused, when it expires."""
     more = batch["millrace"]
     if more["reason"] or more["ended"] or not more["expires"]:
-        return str(more["reason"])
+        reason = str(more["reason"])
+        return reason if len(reason) <= 60 else f"{reason[:59]}…"  # `show` has all of it
     return f"expires in {duration(max(0.0, more['expires'] - time.time()))}"
 
 

@@ -25,6 +25,8 @@ REDIS_PATIENCE = 30.0  # seconds without Redis after which watching ends
 async def watch_batch(settings: Settings, ledger: Ledger, batch_id: str, stack: Stack | None) -> Status | None:
     """Show a batch's progress until it ends; None when it was the user who ended the watching.
 
+    A run, which has a stack, ends as well where the batch is paused for a mistake in its rows.
+
     Raises:
         Unreachable: Redis or the ledger has gone.
         StorageError: A worker reports a full disk.
@@ -59,6 +61,8 @@ async def watch_batch(settings: Settings, ledger: Ledger, batch_id: str, stack: 
             _show(bar, task, batch, history, trouble)
             if status is Status.PAUSED and told is not Status.PAUSED:
                 say(paused(batch))
+                if stack is not None and batch["millrace"]["reason"]:
+                    return status  # only a person can mend it, and may be asleep
             told = status
             if status.final:
                 return status
@@ -75,8 +79,9 @@ async def watch_batch(settings: Settings, ledger: Ledger, batch_id: str, stack: 
 def paused(batch: dict[str, Any]) -> str:
     """Return the sentence that says that a batch is paused, and why."""
     reason = batch["millrace"]["reason"]
-    why = f": {reason.rstrip('.')}" if reason else ""
-    return f"{batch['id']} is paused{why}. `millrace batch resume {batch['id']}` goes on with it."
+    if reason:  # which says what to do
+        return f"{batch['id']} is paused: {reason}"
+    return f"{batch['id']} is paused. `millrace batch resume {batch['id']}` goes on with it."
 
 
 def _show(

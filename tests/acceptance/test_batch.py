@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -263,6 +265,47 @@ def test_a_head_that_has_seen_enough(cli: Cli) -> None:
         check=False,
     )
     assert pipe.stderr == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
+def test_a_full_disk_behind_stdout(cli: Cli) -> None:
+    batch = cli.run("batch", "run", cli.write("f.txt", "One?\nTwo?\n"), "-o", "f.out", "--json").json["id"]
+    for command in (
+        f"batch results {batch}",
+        f"batch results {batch} --follow",
+        "batch list",
+        f"batch show {batch} --json",
+        f"batch verify {batch}",
+        "config show",
+    ):
+        done = cli.run(wrap=("sh", "-c", f'exec "$0" {command} > /dev/full'))
+        assert done.code == 3, done
+        assert done.err.startswith("error [disk_full] What stands behind stdout cannot be written"), done
+
+
+def test_results_replace_nothing_that_is_no_answer_file(cli: Cli) -> None:
+    batch = cli.run("batch", "run", cli.write("r.txt", "One?\n"), "-o", "r.out", "--json").json["id"]
+    os.mkfifo(cli.folder / "fifo")
+    for target in ("fifo", "/dev/null", "/dev/stdout", "millrace-data/ledger.db", "nowhere/a.jsonl"):
+        done = cli.run("batch", "results", batch, "-o", target)
+        assert (done.code, "error [unwritable_output]" in done.err) == (2, True), done
+    assert (cli.folder / "fifo").is_fifo()
+    assert Path("/dev/null").is_char_device()
+
+
+def test_what_cannot_be_repaired_is_left_alone(cli: Cli) -> None:
+    batch = cli.run("batch", "run", cli.write("v.txt", "One?\nTwo?\n"), "-o", "v.out", "--json").json["id"]
+    folder = cli.data / "batches" / batch
+    segment = next(iter(sorted(path for path in (folder / "segments").glob("*.jsonl") if path.stat().st_size)))
+    os.truncate(segment, segment.stat().st_size - 1)
+    before = (folder / "output.jsonl").stat().st_mtime_ns
+    for more in ((), ("--repair",)):
+        done = cli.run("batch", "verify", batch, *more)
+        assert done.code == 1, done
+        assert "is not what was sealed" in done.out
+        assert "restore it from a backup. Output and errors are what was recorded. Nothing was changed." in done.err
+        assert "--repair" not in done.err
+    assert (folder / "output.jsonl").stat().st_mtime_ns == before
 
 
 def sent_rows(cli: Cli) -> list[Any]:

@@ -77,6 +77,11 @@ def test_who_only_looks_makes_nothing(ready: Cli) -> None:
     assert not ready.data.exists()
 
 
+def test_a_data_dir_that_is_a_file(ready: Cli) -> None:
+    ready.environment["DATA_DIR"] = "q.jsonl"
+    one_sentence(ready.run("batch", "list"), "storage", "DATA_DIR is q.jsonl, which is no folder")
+
+
 def test_a_ledger_that_is_gone(ready: Cli) -> None:
     (ready.data / "batches" / "batch_0").mkdir(parents=True)
     for command in (("list",), ("verify", "batch_0"), ("resume", "batch_0")):

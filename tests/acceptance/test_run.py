@@ -87,6 +87,35 @@ def test_interrupted_and_taken_up(cli: Cli, scripted: Engine) -> None:
     clean(cli)
 
 
+def test_a_run_whose_window_closes_says_so(cli: Cli, scripted: Engine) -> None:
+    scripted.script(rules=[{"then": {"do": "hang"}}])
+    path = cli.write("late.jsonl", batch_file(20, model="scripted"))
+    done = cli.run("batch", "run", path, "-o", "late.out.jsonl", "--window", "1s", "--json")
+    assert (done.code, done.json["status"]) == (1, "expired"), done
+    assert "0 of 20 rows answered in " in done.err
+    assert "(0.0 rows/s, 0 tokens/s)" in done.err
+    assert "The batch has expired: 20 rows were not run → late.out.errors.jsonl; `millrace batch resume" in done.err
+    assert len(cli.rows("late.out.errors.jsonl")) == 20
+
+
+def test_a_run_ends_where_its_rows_have_one_mistake(cli: Cli, scripted: Engine) -> None:
+    """A person has to mend it; whoever runs it at night must not wait for that."""
+    scripted.script(rules=[{"then": {"do": "status", "status": 400}}])
+    cli.environment["BATCH_CANARY_ROWS"] = "10"
+    path = cli.write("wrong.jsonl", batch_file(60, model="scripted"))
+    for _ in range(2):  # the same command says it again
+        done = cli.run("batch", "run", path, "-o", "wrong.out.jsonl", "--json")
+        assert (done.code, done.json["millrace"]["status"]) == (1, "paused"), done
+        assert f"{done.json['id']} is paused: " in done.err
+        assert done.err.count(f"`millrace batch resume {done.json['id']}`") == 1
+    assert not (cli.folder / "wrong.out.jsonl").exists()
+    scripted.script(rules=[])
+    resumed = cli.run("batch", "resume", done.json["id"])
+    assert (resumed.code, "It is recorded, but Redis did not take the tickets" in resumed.err) == (3, True), resumed
+    assert cli.run("batch", "run", path, "-o", "wrong.out.jsonl").code == 1  # some rows have failed before
+    assert cli.rows("wrong.out.jsonl")
+
+
 def test_ended_while_it_starts(cli: Cli) -> None:
     path = cli.write("questions.jsonl", batch_file(3))
     with cli.start("batch", "run", path, "-o", "answers.jsonl") as running:

@@ -285,6 +285,8 @@ def test_half_deleted_files_are_findings(
         path.write_bytes(bytes(range(256)) * 8)
     report = verify(ledger, settings.data_dir, batch)
     assert any(name in finding for finding in report.findings), report.findings
+    results = name in ("output.jsonl", "errors.jsonl")
+    assert (report.damaged_results, report.damaged_sources, report.repairable) == (results, not results, results)
 
 
 def test_a_batch_that_has_not_ended_cannot_be_verified(settings: Settings, ledger: Ledger) -> None:
