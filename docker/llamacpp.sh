@@ -29,6 +29,13 @@ find_model() {
     '')
         set -- /models/*.gguf
         [ -f "$1" ] || wrong "There is no .gguf file in /models, which is models/gguf of the project. Put one there."
+        if [ $# -gt 1 ]; then
+            # The demo's own comes with the repository: nobody has put it there to be served.
+            for file; do
+                shift
+                [ "${file##*/}" = millrace-demo.gguf ] || set -- "$@" "$file"
+            done
+        fi
         [ $# -eq 1 ] || wrong "There are $# .gguf files in /models: choose one with MODEL_PATH, such as MODEL_PATH=$1."
         MODEL_PATH=$1
         ;;

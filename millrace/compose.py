@@ -26,6 +26,9 @@ LOOK = 0.5  # seconds between looks at a container
 LAST_WORDS = 8  # lines of a log in an error
 _TAIL = 60  # lines of output that are kept to find a reason in
 
+#: What Compose starts is all or nothing.
+_WITHOUT = "A service that cannot be had keeps all from starting: take its file out of COMPOSE_FILE to do without."
+
 #: What Compose and the daemon say of troubles that have a cure of their own: pattern, code, message, hint.
 _TROUBLES = (
     (
@@ -81,14 +84,14 @@ _TROUBLES = (
         r"failed to do request: Head \"https?://(\S+?)/v2/(\S+?)/manifests/([^\s\"]+)\"",
         "image_missing",
         r"The image \1/\2:\3 is not here and cannot be fetched.",
-        "Check its name and the network; `docker pull` says more.",
+        "Check its name and the network; `docker pull` says more. " + _WITHOUT,
     ),
     (
         r"(\S+) (?:Error|Warning) +(?:Get|Head) \"https?://[^/]+/|"
         r"pull access denied for ([^\s,]+)|manifest for (\S+) not found",
         "image_missing",
         r"The image of \1\2\3 is not here and cannot be fetched.",
-        "Check its name and the network; `docker compose pull` says more.",
+        "Check its name and the network; `docker compose pull` says more. " + _WITHOUT,
     ),
     (
         r"bind source path does not exist: (\S+)",
@@ -120,6 +123,10 @@ class Compose:
     def check(self) -> None:
         """Check that the files are valid together."""
         self._run("config", "-q")
+
+    def config(self) -> dict[str, Any]:
+        """Return what Compose makes of the files together."""
+        return dict(json.loads(self._ask("compose", *self._files, "config", "--format", "json")))
 
     def build(self, told: Callable[[str], None]) -> None:
         """Make the engine's image, or find that nothing of it has changed; `told` hears the output."""

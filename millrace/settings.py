@@ -36,6 +36,9 @@ COMPOSE_PREFIXES = ("COMPOSE_", "DOCKER_", "BUILDKIT_")
 #: Engines that have a compose override, docker-compose.<name>.yml.
 ENGINES: tuple[Literal["llamacpp"], Literal["vllm"]] = ("llamacpp", "vllm")
 
+#: A line of `.env` with a value in single quotes, and that value as it stands there.
+_QUOTED = re.compile(r"[^=]*=\s*'((?:\\'|[^'])*)'")
+
 
 def _http_url(value: str) -> str:
     parts = urlsplit(value)
@@ -121,7 +124,8 @@ class Settings(BaseSettings):
 
     # llama.cpp.
     model_path: str = Field(
-        "", description="GGUF file; /models/x.gguf means models/gguf/x.gguf; empty = the demo's model"
+        "",
+        description="GGUF file; /models/x.gguf means models/gguf/x.gguf; empty = the demo's; in a container, yours",
     )
     n_ctx: int = Field(4096, description="Context of each slot, tokens", ge=128, le=10_000_000)
     n_parallel: int = Field(8, description="Slots: requests the llama.cpp server works on at once", ge=1, le=1024)
@@ -476,6 +480,8 @@ def load() -> Loaded:
     except ValidationError as error:
         lines = []
         for problem in error.errors():
+            if problem["type"] == "default_factory_not_called":  # it follows from another, which is named
+                continue
             field = str(problem["loc"][0]) if problem["loc"] else ""
             reason = problem["msg"].removeprefix("Value error, ")
             if not field:
@@ -512,11 +518,19 @@ def _check_dotenv(path: Path = Path(".env")) -> None:
     if not any(binding.key == "COMPOSE_FILE" and binding.value for binding in bindings):
         return
     for binding in bindings:
-        quoted = "='" in binding.original.string.replace(" ", "")
-        if (binding.key or "").lower() in secret_fields() and "$" in (binding.value or "") and not quoted:
+        if (binding.key or "").lower() not in secret_fields():
+            continue
+        quoted = _QUOTED.match(binding.original.string)
+        if quoted is None and "$" in (binding.value or ""):
             raise SettingsError(
                 f"{binding.key} in .env has a $, which Docker Compose takes for a variable.",
                 "Put the value in single quotes.",
+            )
+        if quoted and r"\\" in quoted[1]:
+            raise SettingsError(
+                f"{binding.key} in .env has two backslashes together in single quotes: "
+                "Docker Compose reads two of them, and Millrace one.",
+                "Choose another, or leave the quotes out where it has no $, # or space.",
             )
 
 

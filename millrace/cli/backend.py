@@ -17,6 +17,8 @@ import typer
 
 from millrace.batch.ledger import Ledger
 from millrace.batch.lines import CHAT
+from millrace.cli.doctor.docker import Docker
+from millrace.cli.doctor.model import model
 from millrace.cli.output import Json, console, print_json, say
 from millrace.compose import SERVICE, Compose
 from millrace.engine.client import EngineClient
@@ -24,6 +26,7 @@ from millrace.engine.probes import EngineState, probe, serves
 from millrace.engine.retry import RequestRefused
 from millrace.errors import InputError, MillraceError, SettingsError, Unreachable
 from millrace.hold import hold
+from millrace.models.demo import OWN
 from millrace.models.registry import model_files
 from millrace.settings import ENGINES, Settings, engine_override, get_settings, load
 
@@ -77,6 +80,7 @@ def switch(
     new = Compose(settings, chosen)
     # Whatever can be wrong or slow comes first, while the old engine still works.
     new.check()
+    _check_files(settings.model_copy(update={"compose_file": chosen, "llm_backend": engine}), new)
     if name := _name_to_be(engine, settings):
         _check_models(settings, [name])
     with _building(f"Making the image of {engine}.") as told:
@@ -225,7 +229,20 @@ def _name_to_be(engine: str, settings: Settings) -> str:
         return Path(named).name.removesuffix(".gguf")
     kind = "gguf" if engine == "llamacpp" else "hf"
     there = [file.name for file in model_files(settings.models_dir) if file.format == kind]
+    if kind == "gguf" and len(there) > 1:
+        there = [name for name in there if name != OWN]
     return there[0] if len(there) == 1 and not settings.models_source else ""
+
+
+def _check_files(settings: Settings, new: Compose) -> None:
+    """Refuse an engine whose model's files the doctor calls wrong: it would not start."""
+    for finding in model(settings, Docker(config=new.config())):
+        if finding.verdict == "wrong":
+            raise Unreachable(
+                f"{settings.llm_backend} would not start: {finding.what.rstrip('.')}. Nothing was changed.",
+                finding.mend,
+                code="engine_failed",
+            )
 
 
 def _check_models(settings: Settings, served: list[str]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from redis import Redis, RedisError
 
+from millrace.cli.doctor.sockets import Process, holder, listeners
 from millrace.embedded import find_redis
 from tests.cli import Cli, redis_answers
 from tests.doctor import checks_with, examine, found
@@ -264,6 +265,30 @@ def test_port_of_our_own_worker(cli: Cli, own_redis: Redis) -> None:
         running.wait()
 
 
+def test_process_with_a_long_command_line_is_known_and_shown_short() -> None:
+    folder = f"/home/{'a-long-name/' * 20}.venv/bin"
+    worker = Process(7, f"{folder}/python3 {folder}/millrace worker")
+    assert worker.millrace
+    assert len(str(worker)) < 100
+    assert str(worker).endswith("… (pid 7)")
+
+
+def test_worker_with_a_long_path_is_known_by_its_port(tmp_path: Path) -> None:
+    folder = tmp_path / ("a" * 100)
+    folder.mkdir()
+    script = folder / "serve.py"
+    script.write_text(
+        "import socket, sys, time\nserver = socket.create_server(('127.0.0.1', int(sys.argv[1])))\ntime.sleep(600)\n"
+    )
+    port = free_port()
+    with subprocess.Popen([sys.executable, script, str(port), "millrace", "worker"]) as process:
+        try:
+            until(lambda: _listens(port), "a program that listens")
+            assert [holder(listener).millrace for listener in listeners(port)] == [True]
+        finally:
+            process.kill()
+
+
 # The model
 
 
@@ -333,6 +358,17 @@ def test_folder_that_vllm_does_not_load(cli: Cli, files: dict[str, bytes | None]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        assert "small" in found(examine(cli, 0), "model", "ok")["what"]
+
+
+def test_tokenizer_that_is_elsewhere(cli: Cli) -> None:
+    folder = cli.folder / "models" / "hf" / "small"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes(WHOLE[name])
+    with scripted_engine(dialect="vllm") as engine:
+        cli.environment |= {"LLM_BACKEND": "vllm", "LLM_SERVER_URL": engine.url, "MODEL_NAME": "/models/small"}
+        cli.environment["VLLM_ARGS"] = "--tokenizer org/name"
         assert "small" in found(examine(cli, 0), "model", "ok")["what"]
 
 

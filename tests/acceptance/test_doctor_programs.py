@@ -7,18 +7,22 @@ can be brought to is in tests/docker/test_doctor.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from millrace.cli.doctor.sockets import listeners
 from tests.cli import Cli
 from tests.doctor import checks_with, examine, found
+from tests.services import free_port, until
 
 #: `docker info` of a real Docker Engine 20.10, with what the checks read.
 INFO: dict[str, Any] = {
@@ -94,9 +98,8 @@ def test_no_docker_where_none_is_asked_for(cli: Cli, fake: Fake) -> None:
     assert "not used" in found(examine(cli, 0), "docker", "ok")["what"]
 
 
-def test_no_docker_where_one_is_asked_for(cli: Cli, tmp_path: Path) -> None:
-    compose(cli, *LLAMA)
-    # A PATH on which there is no docker, and all else.
+def without_docker(cli: Cli, tmp_path: Path) -> None:
+    """Give a PATH on which there is no docker, and all else."""
     folder = tmp_path / "path"
     folder.mkdir()
     for place in reversed(cli.environment["PATH"].split(":")):
@@ -106,9 +109,61 @@ def test_no_docker_where_one_is_asked_for(cli: Cli, tmp_path: Path) -> None:
             if program.name != "docker":
                 link.symlink_to(program)
     cli.environment["PATH"] = str(folder)
+
+
+@contextlib.contextmanager
+def docker_proxy() -> Iterator[int]:
+    """Run what listens for a container, and yield its port."""
+    port = free_port()
+    # Its name is that of the first word; the program is Python, which finds its home by that word.
+    name = str(Path(sys.executable).with_name("docker-proxy"))
+    command = [name, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", "/usr/share"]
+    with subprocess.Popen(
+        command, executable=sys.executable, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            until(lambda: bool(listeners(port)), "a proxy")
+            yield port
+        finally:
+            process.kill()
+
+
+def test_no_docker_where_one_is_asked_for(cli: Cli, tmp_path: Path) -> None:
+    compose(cli, *LLAMA)
+    without_docker(cli, tmp_path)
     findings = examine(cli, 3)
     assert "there is no `docker` here" in found(findings, "docker")["what"]
     assert "COMPOSE_FILE" in found(findings, "docker")["mend"]
+
+
+@pytest.mark.parametrize("files", [LLAMA, LLAMA_GPU, VLLM, VLLM_GPU], ids=["llama", "llama-gpu", "vllm", "vllm-gpu"])
+def test_without_docker_nothing_is_wrong_that_it_could_have_explained(
+    cli: Cli, tmp_path: Path, files: tuple[str, ...]
+) -> None:
+    compose(cli, *files)
+    without_docker(cli, tmp_path)
+    cli.environment["MODELS_SOURCE"] = "models"
+    with docker_proxy() as port:
+        cli.environment["REDIS_PORT"] = str(port)
+        findings = examine(cli, 3)
+    assert f"{port} (REDIS_PORT) is held by a container" in found(findings, "ports", "note")["what"]
+    assert "in the volume models" in found(findings, "model", "note")["what"]
+    assert "gpu" not in [finding["check"] for finding in findings]
+    assert "docker" in checks_with(findings, "wrong")
+    assert not {"ports", "model"} & set(checks_with(findings, "wrong"))
+
+
+def test_daemon_that_does_not_say_whose_a_port_is(cli: Cli, fake: Fake) -> None:
+    config = compose(cli, *VLLM, ports=[{"published": "1", "protocol": "tcp"}])
+    with docker_proxy() as port:
+        config = config.replace('"published": "1"', f'"published": "{port}"')
+        fake("docker", info="!Cannot connect to the Docker daemon", compose_version="2.26.1", compose_config=config)
+        findings = examine(cli, 3)
+        assert f"{port} (llm-server) is held by a container" in found(findings, "ports", "note")["what"]
+        assert "gpu" not in [finding["check"] for finding in findings]
+        # One that answers knows of no such container.
+        fake_docker(fake, config)
+        assert f"{port} (llm-server) is taken by" in found(examine(cli, 3), "ports")["what"]
 
 
 def test_compose_that_is_missing(cli: Cli, fake: Fake) -> None:
@@ -186,6 +241,8 @@ def test_models_in_a_volume(cli: Cli, fake: Fake) -> None:
         ("/models/c.gguf", ("a.gguf",), "there is no file"),
         ("models/gguf/a.gguf", ("a.gguf",), ""),
         ("", ("a.gguf",), ""),
+        ("", ("a.gguf", "millrace-demo.gguf"), ""),
+        ("", ("a.gguf", "b.gguf", "millrace-demo.gguf"), "several models (a.gguf, b.gguf)"),
     ],
 )
 def test_model_of_a_container(cli: Cli, fake: Fake, chosen: str, files: tuple[str, ...], words: str) -> None:
@@ -200,6 +257,23 @@ def test_model_of_a_container(cli: Cli, fake: Fake, chosen: str, files: tuple[st
         assert words in found(findings, "model")["what"]
     else:
         assert str(folder / "a.gguf") in found(findings, "model", "ok")["what"]
+
+
+def test_the_demos_model_counts_where_it_is_alone(cli: Cli, fake: Fake) -> None:
+    own = cli.write("millrace-demo.gguf", b"GGUF\x03\0\0\0")
+    mount = {"type": "bind", "source": str(cli.folder), "target": "/models"}
+    cli.environment["MODEL_PATH"] = ""
+    fake_docker(fake, compose(cli, *LLAMA, volumes=[mount]))
+    assert str(own) in found(examine(cli, 3), "model", "ok")["what"]
+    yours = cli.write("yours.gguf", b"GGUF\x03\0\0\0")
+    assert str(yours) in found(examine(cli, 3), "model", "ok")["what"]
+
+
+def test_model_in_a_mount_of_ones_own(cli: Cli, fake: Fake) -> None:
+    mounts = [{"type": "bind", "source": str(cli.folder), "target": target} for target in ("/models", "/more")]
+    cli.environment["MODEL_PATH"] = "/more/a.gguf"
+    fake_docker(fake, compose(cli, *LLAMA, volumes=mounts))
+    assert "in /more of the container" in found(examine(cli, 3), "model", "note")["what"]
 
 
 def test_memory_limit_that_is_too_small(cli: Cli, fake: Fake) -> None:

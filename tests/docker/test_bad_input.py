@@ -156,9 +156,10 @@ def test_an_image_that_is_not_there(queued: Callable[..., Project]) -> None:
 def test_another_services_image_that_is_not_there(queued: Callable[..., Project]) -> None:
     one = queued("llamacpp")
     one.set(REDIS_IMAGE="registry.invalid/redis:none")
-    message = refused(one, "image_missing", seconds=60).error["message"]
+    error = refused(one, "image_missing", seconds=60).error
     one.set(REDIS_IMAGE=None)
-    assert "redis" in message
+    assert "redis" in error["message"]
+    assert "take its file out of COMPOSE_FILE" in error["hint"]
 
 
 def test_a_data_dir_that_is_not_there(queued: Callable[..., Project], worker_image: None) -> None:

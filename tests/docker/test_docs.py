@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,9 @@ def test_every_command_of_the_page_runs(
 ) -> None:  # K11
     one = project()
     (one.folder / ".env").unlink()
+    # What a clone has: the page's model comes to stand beside the demo's.
+    (one.folder / "models/gguf").mkdir(parents=True)
+    shutil.copy(ROOT / "models/gguf/millrace-demo.gguf", one.folder / "models/gguf")
     one.cli.write("prompts.txt", "Name a river.\nName a lake.\n")
     environment = one.cli.environment | {
         "PATH": f"{Path(sys.executable).parent}:{one.cli.environment['PATH']}",

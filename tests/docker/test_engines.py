@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from tests.cli import batch_file
 from tests.docker.conftest import BUILD, LIMIT
 from tests.docker.project import MODEL, Project, docker
-from tests.services import environment, until
+from tests.services import ROOT, environment, until
 
 pytestmark = pytest.mark.timeout(LIMIT)
 
@@ -189,18 +190,72 @@ def test_the_engine_is_switched_with_work_queued(
 
 
 def test_a_switch_that_fails_goes_back(project: Callable[..., Project], llamacpp_image: str, vllm_image: str) -> None:
-    one = project("llamacpp", MODEL_NAME="/models/other")
+    one = project("llamacpp", VLLM_ARGS="--no-such-option")
     one.add_models()
     assert one.cli.run("backend", "start", seconds=START).code == 0
     before = (one.folder / ".env").read_text()
-    done = one.cli.run("backend", "switch", "vllm", "--json", seconds=120)
+    done = one.cli.run("backend", "switch", "vllm", "--json", seconds=START)
     assert (done.code, done.error["code"]) == (3, "engine_failed")
-    assert "MODEL_NAME=/models/other is not there" in done.error["message"]
+    assert "--no-such-option" in done.error["message"]
     assert "The old engine runs again." in done.error["message"]
     assert (one.folder / ".env").read_text() == before
     assert chat(one)["model"] == MODEL
     with one.redis() as client:
         assert client.get("millrace:hold") is None
+
+
+def test_a_switch_to_a_model_that_is_not_there_changes_nothing(
+    project: Callable[..., Project], llamacpp_image: str
+) -> None:
+    one = project("llamacpp", MODEL_NAME="/models/other")
+    one.add_models()
+    assert one.cli.run("backend", "start", seconds=START).code == 0
+    dotenv, container = (one.folder / ".env").read_text(), one.container("llm-server")
+
+    def refused() -> str:
+        done = one.cli.run("backend", "switch", "vllm", "--json", seconds=120)
+        assert (done.code, done.error["code"]) == (3, "engine_failed"), done
+        assert done.error["hint"]
+        assert "Holding the queues" not in done.err
+        assert (one.folder / ".env").read_text() == dotenv
+        after = one.container("llm-server")
+        assert (after["Id"], after["State"]["StartedAt"]) == (container["Id"], container["State"]["StartedAt"])
+        return str(done.error["message"])
+
+    message = refused()
+    assert message.startswith(f"vllm would not start: there is no folder {one.folder}/models/hf/other")
+    assert message.endswith("Nothing was changed.")
+    one.set(MODEL_NAME=None)
+    dotenv = (one.folder / ".env").read_text()
+    for weights in (one.folder / "models/hf/tiny").glob("*.safetensors"):
+        weights.rename(weights.with_suffix(".bin"))
+    assert "vLLM loads safetensors here" in refused()
+    one.set(MODELS_SOURCE="models")
+    dotenv = (one.folder / ".env").read_text()
+    assert f"there is no volume {one.name}_models" in refused()
+    assert chat(one)["model"] == MODEL
+    with one.redis() as client:
+        assert client.get("millrace:hold") is None
+
+
+def test_the_demos_model_gives_way_to_one_of_yours(project: Callable[..., Project], llamacpp_image: str) -> None:
+    one = project("llamacpp", LLM_MODEL=None)
+    one.add_models()
+    yours, aside = one.folder / "models/gguf/tiny.gguf", one.folder / "tiny.gguf"
+    yours.rename(aside)
+    own = one.folder / "models/gguf/millrace-demo.gguf"
+    shutil.copy(ROOT / "models/gguf/millrace-demo.gguf", own)
+    own.chmod(0o644)
+
+    def served() -> list[str]:
+        done = one.cli.run("backend", "start", "--json", seconds=START)
+        assert done.code == 0, done
+        return list(done.json["engine"]["models"])
+
+    assert served() == ["millrace-demo"]
+    one.compose("down")
+    aside.rename(yours)
+    assert served() == [MODEL]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -182,6 +182,14 @@ def test_all_wrong_values_are_named_with_where_each_came_from() -> None:
         assert part in error.message
 
 
+@pytest.mark.parametrize("value", ["99999", "abc"])
+def test_what_is_derived_from_a_wrong_value_is_not_named_as_well(value: str) -> None:
+    message = refused(LLM_PORT=value).message
+    assert message.startswith("Wrong settings: LLM_PORT (from environment): ")
+    assert "LLM_SERVER_URL" not in message
+    assert "default factory" not in message
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -222,6 +230,40 @@ def test_a_dotenv_that_is_not_utf8_is_one_readable_error() -> None:
     Path(".env").write_bytes(b"LLM_MODEL=caf\xe9\n")
     with pytest.raises(SettingsError, match=r"\.env .*UTF-8|UTF-8"):
         load()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (rf"REDIS_PASSWORD='{SECRET}\\x'", "REDIS_PASSWORD in .env has two backslashes together"),
+        (rf"export LLM_API_KEY = '\\{SECRET}' # mine", "LLM_API_KEY in .env has two backslashes together"),
+        (f"REDIS_PASSWORD={SECRET}$x", "REDIS_PASSWORD in .env has a $"),
+        (f'REDIS_PASSWORD="{SECRET}$x"', "REDIS_PASSWORD in .env has a $"),
+    ],
+)
+def test_a_secret_that_compose_reads_otherwise_is_refused(line: str, said: str) -> None:
+    Path(".env").write_text(f"COMPOSE_FILE=docker-compose.yml\n{line}\n")
+    with pytest.raises(SettingsError) as caught:
+        load()
+    assert said in caught.value.message
+    assert caught.value.hint
+    assert SECRET not in str(caught.value.as_dict())
+
+
+@pytest.mark.parametrize(
+    ("line", "password"),
+    [
+        (r"REDIS_PASSWORD='a\b$c'", r"a\b$c"),
+        (r"REDIS_PASSWORD=a\\b", r"a\\b"),
+        (r'REDIS_PASSWORD="a\\b"', r"a\b"),
+        (r"REDIS_PASSWORD='a' # not C:\\b", "a"),
+    ],
+)
+def test_a_secret_that_compose_reads_alike_is_taken(line: str, password: str) -> None:
+    Path(".env").write_text(f"COMPOSE_FILE=docker-compose.yml\n{line}\n")
+    got = load().settings.redis_password
+    assert got is not None
+    assert got.get_secret_value() == password
 
 
 # K19: both styles of Redis keys

@@ -59,6 +59,8 @@ class Docker:
     config: dict[str, Any] = field(default_factory=dict)
     containers: tuple[Container, ...] = ()
     findings: tuple[Finding, ...] = ()
+    #: Asked, and not there to answer: what follows from its silence alone is not wrong.
+    silent: bool = False
 
     @property
     def services(self) -> dict[str, Any]:
@@ -113,9 +115,10 @@ def look(settings: Settings) -> Docker:
             "COMPOSE_FILE chooses containers, and there is no `docker` here",
             "Install Docker Engine and its Compose plugin, or take COMPOSE_FILE out: `millrace up` needs no Docker.",
         )
-        return Docker(findings=(missing,))
+        return Docker(findings=(missing,), silent=True)
     told, compose = _daemon(info, settings), _compose(version) or _files(settings, config)
-    described = _json(info.out) if told is None else {}
+    silent = told is not None
+    described = {} if silent else _json(info.out)
     if told is None:
         told = ok("docker", f"Engine {described.get('ServerVersion', '?')}")
     if compose is None:
@@ -125,6 +128,7 @@ def look(settings: Settings) -> Docker:
         config=_json(config.out) if config.code == 0 else {},
         containers=tuple(_containers(listed.out)) if listed.code == 0 else (),
         findings=(told, compose),
+        silent=silent,
     )
 
 

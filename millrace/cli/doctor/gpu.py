@@ -72,10 +72,13 @@ class Driver:
 
 def gpu(settings: Settings, docker: Docker) -> list[Finding]:
     """Look at the GPU where a setting asks for one; say nothing where none does."""
+    contained = engine_in_container(settings)
+    if docker.silent and (GPU_FILE in settings.compose_file or contained):
+        return []  # what the image needs, and what Docker can give, is not known
     if GPU_FILE in settings.compose_file:
         return _for_container(settings, docker)
     layers = settings.llm_backend == "llamacpp" and settings.n_gpu_layers != 0
-    if engine_in_container(settings):
+    if contained:
         if layers:
             what = f"N_GPU_LAYERS={settings.n_gpu_layers}, and the engine's container is given no GPU"
             return [wrong(CHECK, what, f"Add :{GPU_FILE} to COMPOSE_FILE, or set N_GPU_LAYERS=0.")]

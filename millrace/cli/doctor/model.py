@@ -11,8 +11,9 @@ from millrace.cli.doctor.docker import Docker, engine_in_container, models_mount
 from millrace.cli.doctor.finding import Finding, note, ok, wrong
 from millrace.cli.doctor.programs import ask
 from millrace.cli.output import size
+from millrace.compose import SERVICE
 from millrace.errors import InputError
-from millrace.models.demo import chosen_model
+from millrace.models.demo import OWN, chosen_model
 from millrace.settings import Settings
 
 CHECK = "model"
@@ -35,6 +36,8 @@ def model(settings: Settings, docker: Docker) -> list[Finding]:
     mount = models_mount(settings, docker)
     if mount and mount[0] == "volume":
         return _volume(mount[1])
+    if mount and (place := _mounted_elsewhere(settings, docker)):
+        return [note(CHECK, f"in {place} of the container, which is not looked at")]
     if settings.llm_backend == "vllm":
         return _hf(settings, docker, Path(mount[1]) if mount else settings.models_dir / "hf")
     if mount:
@@ -58,8 +61,19 @@ def served_gguf(settings: Settings, docker: Docker) -> Gguf | None:
         return None
 
 
+def _mounted_elsewhere(settings: Settings, docker: Docker) -> str:
+    """Return where else the chosen model is mounted in the container, by a compose file of one's own; "" if nowhere."""
+    chosen = settings.model_name if settings.llm_backend == "vllm" else settings.model_path
+    mounts = docker.services.get(SERVICE, {}).get("volumes", [])
+    targets = [str(mount.get("target")) for mount in mounts if mount.get("target") != "/models"]
+    return next((target for target in targets if Path(chosen).is_relative_to(target)), "")
+
+
 def _volume(name: str) -> list[Finding]:
-    if ask("docker", "volume", "inspect", name).code != 0:
+    answer = ask("docker", "volume", "inspect", name)
+    if answer.code != 0 and "no such volume" not in answer.err.lower():
+        return [note(CHECK, f"in the volume {name}, and Docker is not there to say whether there is one")]
+    if answer.code != 0:
         mend = f"docker volume create {name}, and copy the model into it (docs/troubleshooting.md)."
         return [wrong(CHECK, f"there is no volume {name}, which MODELS_SOURCE names", mend)]
     return [ok(CHECK, f"in the volume {name}, whose content is not looked at")]
@@ -104,6 +118,9 @@ def _chosen_gguf(settings: Settings, folder: Path) -> Path:
     chosen = settings.model_path
     if not chosen:
         found = sorted(folder.glob("*.gguf"))
+        if len(found) > 1:
+            # The demo's own comes with the repository: nobody has put it there to be served.
+            found = [path for path in found if path.stem != OWN]
         if len(found) == 1:
             return found[0]
         if not found:
@@ -188,7 +205,7 @@ def _hf(settings: Settings, docker: Docker, folder: Path) -> list[Finding]:
     if engine_in_container(settings) and not name.startswith("/models/"):
         what = f"MODEL_NAME={name} is not seen in the container, which has {folder} as /models"
         return [wrong(CHECK, what, f"Put it into {folder} and set MODEL_NAME=/models/{path.name}.")]
-    trouble = _hf_trouble(path)
+    trouble = _hf_trouble(settings, path)
     if trouble is not None:
         return [trouble]
     weights = list(path.glob("*.safetensors"))
@@ -197,7 +214,7 @@ def _hf(settings: Settings, docker: Docker, folder: Path) -> list[Finding]:
     return [ok(CHECK, f"{path}, {size(total)} in {len(weights)} files"), *_slow_mount(docker, largest)]
 
 
-def _hf_trouble(path: Path) -> Finding | None:
+def _hf_trouble(settings: Settings, path: Path) -> Finding | None:
     if not path.is_dir():
         has = ", ".join(sorted(entry.name for entry in path.parent.glob("*") if entry.is_dir())[:5]) or "no folder"
         return wrong(CHECK, f"there is no folder {path}, which MODEL_NAME names", f"{path.parent} has {has}.")
@@ -221,7 +238,8 @@ def _hf_trouble(path: Path) -> Finding | None:
             if len(head) < 9 or head[8:] != b"{":
                 what = f"{path / name} is no safetensors file: {_content(path / name)}"
                 return wrong(CHECK, what, "Fetch it again.")
-        if not names.intersection(TOKENIZERS):
+        # --tokenizer and --skip-tokenizer-init need none here.
+        if not names.intersection(TOKENIZERS) and "tokenizer" not in settings.vllm_args:
             return wrong(CHECK, f"{path} has no tokenizer", "Fetch tokenizer.json and tokenizer_config.json as well.")
     except OSError as error:
         return wrong(CHECK, f"{error.filename or path} cannot be read: {error.strerror}", f"chmod -R a+rX {path}")

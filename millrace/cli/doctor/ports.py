@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from millrace.cli.doctor.docker import Docker
-from millrace.cli.doctor.finding import Finding, ok, wrong
-from millrace.cli.doctor.sockets import holder, listeners
+from millrace.cli.doctor.finding import Finding, note, ok, wrong
+from millrace.cli.doctor.sockets import Process, holder, listeners
 from millrace.compose import SERVICE
 from millrace.settings import Settings
 
@@ -31,6 +31,11 @@ def ports(settings: Settings, docker: Docker) -> list[Finding]:
         taken = _taken_by(wanted, docker)
         if not taken or taken == "ours":
             said.append(f"{wanted.port} is {taken or 'free'}")
+            continue
+        if docker.silent and isinstance(taken, Process) and (taken.docker or not taken.pid):
+            whom = "a container" if taken.docker else f"a container, or {taken}"
+            what = f"{wanted.port} ({wanted.setting or wanted.service}) is held by {whom}"
+            findings.append(note(CHECK, f"{what}; Docker is not there to say which"))
             continue
         move = f"set {wanted.setting}={_free_after(wanted.port)}" if wanted.setting else "give ours another port"
         what = f"{wanted.port} ({wanted.setting or wanted.service}) is taken by {taken}"
@@ -57,8 +62,8 @@ def _wanted(settings: Settings, docker: Docker) -> list[_Wanted]:
     return list(found.values())
 
 
-def _taken_by(wanted: _Wanted, docker: Docker) -> str:
-    """Return who has a port: "" for nobody, "ours", or in words."""
+def _taken_by(wanted: _Wanted, docker: Docker) -> str | Process:
+    """Return who has a port: "" for nobody, "ours", a container in words, or a process."""
     for container in docker.containers:
         if container.state == "running" and container.publishes(wanted.port):
             if container in docker.ours(wanted.service):
@@ -68,9 +73,9 @@ def _taken_by(wanted: _Wanted, docker: Docker) -> str:
         if listener.blocks(wanted.host):
             process = holder(listener)
             # A container of ours that is being started again is not listed with its ports.
-            if wanted.service and docker.ours(wanted.service) and "docker-proxy" in process.command:
+            if wanted.service and docker.ours(wanted.service) and process.docker:
                 return "ours"
-            return "ours" if process.millrace and not wanted.service else str(process)
+            return "ours" if process.millrace and not wanted.service else process
     return ""
 
 

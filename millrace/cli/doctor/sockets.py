@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+SHOWN = 80  # characters of a command line
 _LISTEN = "0A"  # a socket's state in /proc/net/tcp
 
 
@@ -33,13 +34,21 @@ class Listener:
 
 @dataclass(frozen=True)
 class Process:
-    """Who holds a socket. `command` is its command line, shortened; `pid` is 0 for another user's process."""
+    """Who holds a socket. `command` is its whole command line; `pid` is 0 for another user's process."""
 
     pid: int
     command: str = ""
 
     def __str__(self) -> str:
-        return f"{self.command} (pid {self.pid})" if self.pid else "another user's process"
+        if not self.pid:
+            return "another user's process"
+        shown = self.command if len(self.command) <= SHOWN else f"{self.command[: SHOWN - 1]}…"
+        return f"{shown} (pid {self.pid})"
+
+    @property
+    def docker(self) -> bool:
+        """Whether it is the program of Docker that listens for a container."""
+        return Path(self.command.partition(" ")[0]).name == "docker-proxy"
 
     @property
     def millrace(self) -> bool:
@@ -84,8 +93,7 @@ def _descriptors() -> Iterator[tuple[int, Path]]:
 def _command(pid: int) -> str:
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-        shown = b" ".join(words).decode(errors="replace")
-        return shown if len(shown) <= 80 else shown[:79] + "…"
+        return b" ".join(words).decode(errors="replace")
     return "a process"
 
 
