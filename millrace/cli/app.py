@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import os
+import select
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -81,8 +82,10 @@ def run(arguments: list[str]) -> int:
     try:
         code = command.main(arguments, prog_name="millrace", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        _leave_stdout()
+    except BrokenPipeError:
+        if not _reader_gone():
+            raise
+        _leave_stdout()  # `| head` has seen enough
         return 0
     except OSError as error:
         if error.filename is not None or error.errno not in _FULL:
@@ -105,6 +108,13 @@ def run(arguments: list[str]) -> int:
         print_error(InputError(error.format_message(), f"See `{asked} --help`.", code="usage"), as_json=as_json)
         return 2
     return int(code or 0)
+
+
+def _reader_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more; another broken pipe is a fault of ours."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # that alone is told without being asked for
+    return bool(poll.poll(0))
 
 
 def _leave_stdout() -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,22 @@ def test_a_head_that_has_seen_enough(cli: Cli) -> None:
         check=False,
     )
     assert pipe.stderr == b""
+
+
+def test_another_broken_pipe_is_not_taken_for_that(cli: Cli) -> None:
+    broken = "lambda *_, **__: (_ for _ in ()).throw(BrokenPipeError('of something else'))"
+    program = (
+        f"import typer.main\nfrom millrace.cli.app import run\ntyper.main.TyperGroup.main = {broken}\nrun(['status'])"
+    )
+    pipe = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" | cat', sys.executable, program],
+        cwd=cli.folder,
+        env=cli.environment,
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert b"BrokenPipeError: of something else" in pipe.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")

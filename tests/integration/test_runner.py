@@ -565,15 +565,22 @@ def test_a_paused_batch_keeps_the_rows_in_flight_and_drops_those_that_take_too_l
 
 
 def test_cancelling_stops_the_engines_work_within_one_renewal(
-    settings: Settings, ledger: Ledger, one_shard: None
+    settings: Settings, ledger: Ledger, one_shard: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = planned(settings, ledger, rows(20))
     with scripted_engine(slots=20, rules=[{"then": {"do": "hang"}}]) as engine:
         with Running(on(settings, engine, batch_concurrency=20), ledger, ttl=SHORT) as running:
             engine.wait_for(lambda stats: stats["in_flight"] == 20)
-            cancelled = time.monotonic()
+            begun: list[float] = []
+            renew = running.leases.renew
+            monkeypatch.setattr(
+                running.leases, "renew", lambda *lease: (begun.append(time.monotonic()), renew(*lease))[1]
+            )
             ledger.cancel(batch)
+            cancelled = time.monotonic()
             running.result()
+            # None where one was under way already.
+            assert sum(moment > cancelled for moment in begun) <= 1
         engine.wait_for(lambda stats: stats["in_flight"] == 0)
         ends = [entry["t"] for entry in engine.log() if entry["event"] == "end" and entry["cancelled"]]
     assert len(ends) == 20
