@@ -142,9 +142,11 @@ def one_shard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_batch_runs_to_its_end_with_each_row_asked_once(settings: Settings, ledger: Ledger) -> None:
     batch = planned(settings, ledger, rows(60))
-    with scripted_engine(slots=8, ttft_ms=10) as engine:
-        here = on(settings, engine, batch_concurrency=5)
-        outcome = run(here, ledger)
+    with scripted_engine(slots=0) as engine:
+        with Running(on(settings, engine, batch_concurrency=5), ledger) as running:
+            engine.wait_for(lambda stats: stats["waiting"] == 5)
+            engine.script(slots=8, ttft_ms=10)
+            outcome = running.result()
         assert outcome == Outcome(shards=len(ledger.shards(batch)), rows=60, more=False)
         stats = engine.stats()
         assert (stats["requests"], stats["peak_in_flight"], stats["cancelled"]) == (60, 5, 0)
@@ -159,8 +161,11 @@ def test_a_batch_runs_to_its_end_with_each_row_asked_once(settings: Settings, le
 def test_the_engine_is_kept_full_over_many_small_shards(settings: Settings, ledger: Ledger) -> None:
     batch = planned(settings, ledger, rows(160))
     assert {shard.rows for shard in ledger.shards(batch)} == {10}
-    with scripted_engine(slots=64, ttft_ms=1000) as engine:
-        run(on(settings, engine, batch_concurrency=40), ledger)
+    with scripted_engine(slots=0) as engine:
+        with Running(on(settings, engine, batch_concurrency=40), ledger) as running:
+            engine.wait_for(lambda stats: stats["waiting"] == 40)
+            engine.script(slots=64)
+            running.result()
         assert engine.stats()["peak_in_flight"] == 40
     all_right(settings, ledger, batch, 160)
 
@@ -184,7 +189,9 @@ def test_a_session_holds_no_more_shards_than_it_has_use_for(settings: Settings, 
 
 def test_the_limit_comes_from_what_the_engine_reports(settings: Settings, ledger: Ledger, one_shard: None) -> None:
     batch = planned(settings, ledger, rows(40))
-    with scripted_engine(slots=3, ttft_ms=20) as engine:
+    # The first three hold the slots until the line behind them has its length.
+    rule = {"when": {"times": 3}, "then": {"do": "slow", "seconds": 3}}
+    with scripted_engine(slots=3, rules=[rule]) as engine:
         run(on(settings, engine), ledger)
         assert engine.stats()["peak_in_flight"] == 3 * PER_SLOT
     all_right(settings, ledger, batch, 40)
@@ -516,7 +523,8 @@ def test_a_runner_that_loses_one_shard_goes_on_with_the_other(
             outcome = running.result()
         assert outcome.rows == 60
         stats = engine.stats()
-        assert (stats["requests"], stats["cancelled"], stats["peak_in_flight"]) == (66, 6, 8)
+        assert (stats["requests"], stats["cancelled"]) == (66, 6)
+        assert stats["peak_in_flight"] <= 8
     all_right(settings, ledger, other, 60)
     assert ended(settings, ledger, lost)[1] == []
 

@@ -144,7 +144,7 @@ def test_a_malformed_request_gets_400(body: bytes) -> None:
 
 
 def test_never_more_at_work_than_slots() -> None:
-    with scripted_engine(slots=3, tokens_per_second=400) as engine:
+    with scripted_engine(slots=0, tokens_per_second=400) as engine:
 
         async def flood(session: aiohttp.ClientSession) -> list[int]:
             async def one(number: int) -> int:
@@ -152,12 +152,15 @@ def test_never_more_at_work_than_slots() -> None:
                     await answer.read()
                     return answer.status
 
-            return await asyncio.gather(*(one(number) for number in range(30)))
+            asked = asyncio.gather(*(one(number) for number in range(30)))
+            await asyncio.to_thread(engine.wait_for, lambda stats: stats["waiting"] == 30)
+            await asyncio.to_thread(engine.script, slots=3)
+            return await asked
 
         assert with_session(flood) == [200] * 30
         stats = engine.stats()
         assert stats["peak_working"] == 3
-        assert stats["peak_in_flight"] > 3
+        assert stats["peak_in_flight"] == 30
         assert (stats["in_flight"], stats["working"], stats["waiting"]) == (0, 0, 0)
         assert stats["by_status"] == {"200": 30}
         assert max(line["working"] for line in engine.log()) <= 3
@@ -590,7 +593,7 @@ def test_log_lines() -> None:
             {"rules": [{"when": {"nht": 3}, "then": {"do": "cut"}}]},
             r"unknown field `nht` - at `\$.rules\[0\].when`",
         ),
-        ({"slots": 0}, r">= 1 - at `\$.slots`"),
+        ({"slots": -1}, r">= 0 - at `\$.slots`"),
         ({"dialect": "tgi"}, "Invalid enum value 'tgi'"),
         ({"rules": [{"then": {"do": "explode"}}]}, "Invalid enum value 'explode'"),
         ({"rules": [{"then": {"do": "cut", "status": 429}}]}, "`status` goes with `do: status` only"),
@@ -636,7 +639,7 @@ def test_the_command_line_reports_what_is_wrong(tmp_path: Path) -> None:
         (["--host", "0.0.0.0"], "without a key"),
         (["--script", str(tmp_path / "script.json")], "unknown field `slotz`"),
         (["--script", str(tmp_path / "none.json")], "cannot be read"),
-        (["--slots", "0"], "slots"),
+        (["--slots", "-1"], "slots"),
         (["--log", str(tmp_path / "none" / "log")], "cannot be written"),
     ):
         done = _main(*arguments)

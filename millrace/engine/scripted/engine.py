@@ -291,7 +291,7 @@ class Engine:
 
     def _load(self) -> dialects.Load:
         script, slots = self.script, self._slots
-        usage = min(1.0, slots.working / slots.size) if script.kv_usage is None else script.kv_usage
+        usage = min(1.0, slots.working / max(1, slots.size)) if script.kv_usage is None else script.kv_usage
         return dialects.Load(
             working=slots.working,
             waiting=slots.waiting,

@@ -22,8 +22,8 @@ class Script(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     #: Whose status pages and error objects it has.
     dialect: Dialect = "llamacpp"
     models: Annotated[list[Name], msgspec.Meta(min_length=1)] = msgspec.field(default_factory=lambda: ["scripted"])
-    #: Requests worked on at once; the others wait, first come, first served.
-    slots: Positive = 4
+    #: Requests worked on at once; the others wait, first come, first served. 0: all wait until it has more.
+    slots: NotNegative = 4
     #: Requests that may wait; the next gets 503. None: any number.
     #: (vLLM's --max-num-queued-reqs counts those at work too: it is slots + queue_limit.)
     queue_limit: NotNegative | None = None
