@@ -28,7 +28,7 @@ import redis
 
 from millrace.engine.llama_process import Launch
 from millrace.errors import InputError, MillraceError, StorageError, Unreachable
-from millrace.settings import stack_file
+from millrace.settings_sources import stack_file
 
 #: Hosts at which an embedded server may stand in for one that does not answer.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")

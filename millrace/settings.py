@@ -7,10 +7,7 @@ a file named by `<SECRET>_FILE`, the default. Nothing else in Millrace reads `os
 
 from __future__ import annotations
 
-import difflib
-import fcntl
 import functools
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -28,16 +25,12 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from millrace.dotenv_file import refuse_misread
 from millrace.errors import SettingsError
-
-#: Variables that `.env` may hold for Docker Compose itself; they are not Millrace's.
-COMPOSE_PREFIXES = ("COMPOSE_", "DOCKER_", "BUILDKIT_")
+from millrace.settings_sources import SecretFileSource, StackSource
 
 #: Engines that have a compose override, docker-compose.<name>.yml.
 ENGINES: tuple[Literal["llamacpp"], Literal["vllm"]] = ("llamacpp", "vllm")
-
-#: A line of `.env` with a value in single quotes, and that value as it stands there.
-_QUOTED = re.compile(r"[^=]*=\s*'((?:\\'|[^'])*)'")
 
 
 def _http_url(value: str) -> str:
@@ -286,8 +279,8 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Order the sources as the module's docstring says."""
-        stack = _StackSource(settings_cls, (env_settings, dotenv_settings))
-        files = _SecretFileSource(settings_cls)
+        stack = StackSource(settings_cls, (env_settings, dotenv_settings))
+        files = SecretFileSource(settings_cls, secret_fields())
         return (init_settings, stack, env_settings, dotenv_settings, files)
 
     # What is derived, so that no one else derives it differently.
@@ -346,74 +339,6 @@ def hide_password(url: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
 
 
-def stack_file(data_dir: Path) -> Path:
-    """Return the file in which a running embedded stack writes what it started."""
-    return data_dir / "run" / "stack.json"
-
-
-def read_stack(data_dir: Path) -> dict[str, Any]:
-    """Return what the embedded stack of `data_dir` wrote; empty where none is running.
-
-    It runs as long as its lock is held: a process id would be believed again once another process has it.
-    """
-    path = stack_file(data_dir)
-    try:
-        with path.with_suffix(".lock").open("rb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        pass
-    return {}
-
-
-class _StackSource(PydanticBaseSettingsSource):
-    """What a running embedded stack started, because what `.env` names did not answer."""
-
-    name = "the running embedded stack"
-
-    def __init__(self, settings_cls: type[BaseSettings], before: tuple[PydanticBaseSettingsSource, ...]) -> None:
-        super().__init__(settings_cls)
-        self._before = before
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        return None, field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        data_dir = next(
-            (values["data_dir"] for source in self._before if "data_dir" in (values := source())),
-            Settings.model_fields["data_dir"].default,
-        )
-        return dict(read_stack(Path(data_dir)).get("settings", {}))
-
-
-class _SecretFileSource(PydanticBaseSettingsSource):
-    """`<SECRET>_FILE`: a file whose content is the secret, as Docker and systemd hand them out."""
-
-    name = "*_FILE"
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        return None, field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        from dotenv import dotenv_values
-
-        found: dict[str, Any] = {}
-        dotenv = dotenv_values(".env")
-        for field in secret_fields():
-            path = os.environ.get(f"{field.upper()}_FILE") or dotenv.get(f"{field.upper()}_FILE")
-            if path:
-                try:
-                    found[field] = Path(path).read_text(encoding="utf-8").strip()
-                except (OSError, UnicodeError) as error:
-                    raise SettingsError(
-                        f"{field.upper()}_FILE names {path}, which cannot be read: {error}.",
-                        "Correct the path or make the file readable.",
-                    ) from error
-        return found
-
-
 class _Only(Settings):
     """Settings of the values given and of nothing else on this machine."""
 
@@ -431,10 +356,14 @@ def only(values: Mapping[str, Any]) -> Settings:
 
 def environment(**values: Any) -> dict[str, str]:
     """Return the environment for a process of ours with these settings and no others, by field name."""
-    names = {name.upper() for name in Settings.model_fields}
-    names |= {f"{name.upper()}_FILE" for name in secret_fields()}
+    names = variables()
     kept = {name: value for name, value in os.environ.items() if name.upper() not in names}
     return kept | {name.upper(): str(value) for name, value in values.items()}
+
+
+def variables() -> list[str]:
+    """Return the names of the variables that settings are read from."""
+    return [name.upper() for name in Settings.model_fields] + [f"{name.upper()}_FILE" for name in secret_fields()]
 
 
 def secret_fields() -> list[str]:
@@ -473,7 +402,7 @@ def load() -> Loaded:
     Raises:
         SettingsError: A value is wrong; the message names every wrong variable and its source.
     """
-    _check_dotenv()
+    refuse_misread(secret_fields())
     origins = _origins()
     try:
         return Loaded(Settings(), origins)  # type: ignore[call-arg]  # the mypy plugin is not used
@@ -498,42 +427,6 @@ def load() -> Loaded:
         raise SettingsError(f".env is not UTF-8: {error}.", "Save it as UTF-8.") from None
 
 
-def _check_dotenv(path: Path = Path(".env")) -> None:
-    """Refuse a `.env` of which python-dotenv would leave out lines, or Compose make another secret.
-
-    Raises:
-        SettingsError: It cannot be read, or not all of it, or not by both alike.
-    """
-    from dotenv.parser import parse_stream
-
-    try:
-        with path.open(encoding="utf-8") as file:
-            bindings = list(parse_stream(file))
-    except FileNotFoundError:
-        return
-    except (OSError, UnicodeError) as error:
-        raise SettingsError(f".env cannot be read: {error}.", "Save it as a UTF-8 text, readable for you.") from error
-    if wrong := [binding.original.line for binding in bindings if binding.error]:
-        raise SettingsError(f"Line {wrong[0]} of .env is no NAME=value.", "Correct it, or begin it with #.")
-    if not any(binding.key == "COMPOSE_FILE" and binding.value for binding in bindings):
-        return
-    for binding in bindings:
-        if (binding.key or "").lower() not in secret_fields():
-            continue
-        quoted = _QUOTED.match(binding.original.string)
-        if quoted is None and "$" in (binding.value or ""):
-            raise SettingsError(
-                f"{binding.key} in .env has a $, which Docker Compose takes for a variable.",
-                "Put the value in single quotes.",
-            )
-        if quoted and r"\\" in quoted[1]:
-            raise SettingsError(
-                f"{binding.key} in .env has two backslashes together in single quotes: "
-                "Docker Compose reads two of them, and Millrace one.",
-                "Choose another, or leave the quotes out where it has no $, # or space.",
-            )
-
-
 def _origins() -> dict[str, str]:
     env = EnvSettingsSource(Settings, env_ignore_empty=True)
     try:
@@ -541,7 +434,7 @@ def _origins() -> dict[str, str]:
         named = {"environment": env(), ".env": dotenv()}
     except (OSError, UnicodeError) as error:
         raise SettingsError(f".env cannot be read: {error}.", "Save it as UTF-8, readable for you.") from error
-    stack, files = _StackSource(Settings, (env, dotenv)), _SecretFileSource(Settings)
+    stack, files = StackSource(Settings, (env, dotenv)), SecretFileSource(Settings, secret_fields())
     origins: dict[str, str] = {}
     for name, values in [(stack.name, stack()), *named.items(), (files.name, files())]:
         for field in values:
@@ -557,18 +450,3 @@ def get_settings() -> Settings:
         SettingsError: See `load`.
     """
     return load().settings
-
-
-def unknown_variables(env_file: Path = Path(".env")) -> list[tuple[str, str]]:
-    """Return the variables of `.env` that no field reads, each with the nearest known name or ""."""
-    if not env_file.is_file():
-        return []
-    from dotenv import dotenv_values
-
-    known = [name.upper() for name in Settings.model_fields]
-    known += [f"{name.upper()}_FILE" for name in secret_fields()]
-    return [
-        (name, next(iter(difflib.get_close_matches(name.upper(), known, 1)), ""))
-        for name in dotenv_values(env_file)
-        if name.upper() not in known and not name.upper().startswith(COMPOSE_PREFIXES)
-    ]

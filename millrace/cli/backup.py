@@ -19,7 +19,8 @@ from millrace.batch.submit import open_input
 from millrace.cli.output import Json, print_json, say, size
 from millrace.embedded import LOOPBACK
 from millrace.errors import InputError, Unreachable
-from millrace.settings import Settings, get_settings, read_stack
+from millrace.settings import Settings, get_settings
+from millrace.settings_sources import read_stack
 
 if TYPE_CHECKING:
     from millrace.backup.archive import Manifest

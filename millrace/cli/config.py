@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from millrace.cli.output import Json, answers, print_json
+from millrace.dotenv_file import unknown_variables
 from millrace.errors import InputError
-from millrace.settings import ENGINES, Loaded, Settings, hide_password, load, secret_fields, unknown_variables
+from millrace.settings import ENGINES, Loaded, Settings, hide_password, load, secret_fields, variables
 
 app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 
@@ -64,7 +65,7 @@ def init(
 def check(as_json: Json = False) -> None:
     """Check every setting; unknown variables of .env are named."""
     loaded = load()
-    unknown = unknown_variables()
+    unknown = unknown_variables(variables())
     if as_json:
         print_json({"ok": True, "set": sorted(loaded.origins), "unknown": [name for name, _ in unknown]})
         return

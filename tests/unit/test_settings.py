@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import redis
 
+from millrace.dotenv_file import unknown_variables
 from millrace.embedded import only_one
 from millrace.errors import SettingsError
-from millrace.settings import Settings, hide_password, load, read_stack, secret_fields, stack_file, unknown_variables
+from millrace.settings import Settings, hide_password, load, secret_fields, variables
+from millrace.settings_sources import read_stack, stack_file
 
 DATA = Path("millrace-data")
 REPOSITORY = Path(__file__).parents[2]
@@ -351,7 +353,7 @@ def test_unknown_variables_are_named_with_the_nearest_known_one(tmp_path: Path) 
         COMPOSE_PROJECT_NAME="mine",
         DOCKER_HOST="x",
     )
-    assert unknown_variables() == [
+    assert unknown_variables(variables()) == [
         ("REDIS_PASWORD", "REDIS_PASSWORD"),
         ("LLM_SERVER_ULR", "LLM_SERVER_URL"),
         ("SOMETHING_ELSE", ""),
@@ -360,7 +362,7 @@ def test_unknown_variables_are_named_with_the_nearest_known_one(tmp_path: Path) 
 
 
 def test_without_a_dotenv_no_variable_is_unknown() -> None:
-    assert unknown_variables() == []
+    assert unknown_variables(variables()) == []
 
 
 # One line of .env chooses the engine
@@ -377,7 +379,7 @@ def test_without_a_dotenv_no_variable_is_unknown() -> None:
 def test_the_engine_follows_from_compose_file(compose_file: str, backend: str) -> None:
     dotenv(COMPOSE_FILE=compose_file)
     assert load().settings.llm_backend == backend
-    assert unknown_variables() == []
+    assert unknown_variables(variables()) == []
 
 
 def test_llm_backend_wins_over_compose_file() -> None:
@@ -424,7 +426,7 @@ def test_the_sample_has_every_variable_and_no_other() -> None:
 
 def test_the_values_of_the_sample_are_the_defaults() -> None:
     dotenv(**sample_variables())
-    assert unknown_variables() == []
+    assert unknown_variables(variables()) == []
     assert load().settings == Settings(_env_file=None)
 
 

@@ -26,8 +26,9 @@ from millrace.cli.doctor.ports import ports
 from millrace.cli.doctor.programs import together
 from millrace.cli.doctor.redis import redis
 from millrace.cli.output import Json, answers, print_json
+from millrace.dotenv_file import unknown_variables
 from millrace.errors import MillraceError
-from millrace.settings import Settings, load, unknown_variables
+from millrace.settings import Settings, load, variables
 
 
 def doctor(as_json: Json = False) -> None:
@@ -59,7 +60,7 @@ def _print(findings: list[Finding]) -> None:
 def _settings(_: Settings, __: Docker) -> list[Finding]:
     return [
         note("settings", f"{name} in .env is no setting", f"Write {near}." if near else "Remove it.")
-        for name, near in unknown_variables()
+        for name, near in unknown_variables(variables())
     ] or [ok("settings", "every variable is known and valid")]
 
 
