@@ -26,7 +26,7 @@ from millrace.engine.probes import EngineState, probe, serves
 from millrace.engine.retry import RequestRefused
 from millrace.errors import InputError, MillraceError, SettingsError, Unreachable
 from millrace.hold import hold
-from millrace.models.demo import OWN
+from millrace.models.demo import put_there
 from millrace.models.registry import model_files
 from millrace.settings import ENGINES, Settings, engine_override, get_settings, load
 
@@ -229,8 +229,8 @@ def _name_to_be(engine: str, settings: Settings) -> str:
         return Path(named).name.removesuffix(".gguf")
     kind = "gguf" if engine == "llamacpp" else "hf"
     there = [file.name for file in model_files(settings.models_dir) if file.format == kind]
-    if kind == "gguf" and len(there) > 1:
-        there = [name for name in there if name != OWN]
+    if kind == "gguf":
+        there = put_there(there)
     return there[0] if len(there) == 1 and not settings.models_source else ""
 
 

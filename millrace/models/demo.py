@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -60,6 +60,14 @@ def write_own_hf(settings: Settings, folder: Path) -> None:
         with scratch(folder.parent, folder.name) as half:
             write_hf(llama, half)
             replace_folder(half, folder)
+
+
+def put_there(names: Collection[str]) -> list[str]:
+    """Return the models of a folder that somebody put there to be served, as docker/llamacpp.sh sees it too.
+
+    Millrace's own demo model comes with the repository, so beside another it does not count.
+    """
+    return [name for name in names if len(names) == 1 or name != OWN]
 
 
 def chosen_model(settings: Settings) -> Choice | None:

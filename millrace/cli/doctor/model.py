@@ -13,7 +13,7 @@ from millrace.cli.doctor.programs import ask
 from millrace.cli.output import size
 from millrace.compose import SERVICE
 from millrace.errors import InputError
-from millrace.models.demo import OWN, chosen_model
+from millrace.models.demo import chosen_model, put_there
 from millrace.settings import Settings
 
 CHECK = "model"
@@ -117,10 +117,7 @@ def _chosen_gguf(settings: Settings, folder: Path) -> Path:
     """
     chosen = settings.model_path
     if not chosen:
-        found = sorted(folder.glob("*.gguf"))
-        if len(found) > 1:
-            # The demo's own comes with the repository: nobody has put it there to be served.
-            found = [path for path in found if path.stem != OWN]
+        found = [folder / f"{name}.gguf" for name in put_there([path.stem for path in sorted(folder.glob("*.gguf"))])]
         if len(found) == 1:
             return found[0]
         if not found:
