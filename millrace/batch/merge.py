@@ -28,6 +28,7 @@ from millrace.batch.life import FileRecord
 from millrace.batch.lines import decode_input, failure_line
 from millrace.batch.schema import Status
 from millrace.batch.segments import check_there, read_lines, recover
+from millrace.batch.suspects import discard_all_flights
 from millrace.crashpoints import crashpoint
 from millrace.errors import InputError, IntegrityError, MillraceError
 
@@ -133,6 +134,7 @@ def _merge(ledger: Ledger, data_dir: Path, folder: BatchFolder, batch_id: str) -
     with storage_errors(folder.root):
         sync_folder(folder.root)
     crashpoint("merge.placed")
+    discard_all_flights(folder)
     ledger.complete(
         batch_id,
         final,

@@ -180,13 +180,9 @@ class Flight:
         if not keep:
             self._map[:8] = bytes(8)  # should the file stay, it accuses nobody
         self._map.close()
-        try:
-            if not keep:
-                self.path.unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("%s cannot be removed, and goes with its batch: %s.", self.path, error.strerror or error)
-        finally:
-            os.close(self._descriptor)
+        if not keep:
+            _remove(self.path)
+        os.close(self._descriptor)
 
 
 @dataclass
@@ -222,6 +218,12 @@ def discard_flights(folder: BatchFolder, shard: int, epoch: int) -> None:
             folder.flight(shard, older).unlink(missing_ok=True)
 
 
+def discard_all_flights(folder: BatchFolder) -> None:
+    """Remove the journals of a batch whose shards have all ended: owners that were killed leave theirs."""
+    for path in folder.segments.glob("*.flight"):
+        _remove(path)
+
+
 def _read(raw: bytes, epoch: int, lives: bool, accused: Accused) -> None:
     words = [word for (word,) in struct.iter_unpack("=Q", raw[: len(raw) // 8 * 8])]
     if len(words) < _HEADER or words[0] != _MAGIC or words[1] >> 1 != epoch:
@@ -250,6 +252,13 @@ def _slots(words: list[int]) -> Iterator[tuple[int, Doing, int, Deaths]]:
         doing, deaths = word >> 32 & 7, word >> 40 & 0xFF
         if low and word >> 48 == low * _MIX >> 48 & 0xFFFF and doing in _KNOWN:
             yield (low & 0xFFFF_FFFF) - 1, Doing(doing), word >> 35 & 31, Deaths(deaths & 15, deaths >> 4)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be removed, and goes with its batch: %s.", path, error.strerror or error)
 
 
 def _hold(descriptor: int) -> bool:

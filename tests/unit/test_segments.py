@@ -19,6 +19,7 @@ from millrace.batch.merge import merge
 from millrace.batch.planner import read_rows
 from millrace.batch.schema import Status
 from millrace.batch.segments import SegmentWriter, read_lines, recover
+from millrace.batch.suspects import Flight
 from millrace.batch.verify import verify
 from millrace.errors import IntegrityError, StorageError
 from millrace.settings import Settings
@@ -285,6 +286,18 @@ def test_a_merge_can_be_repeated_and_two_can_end_at_once(settings: Settings, led
         "output.jsonl",
         "errors.jsonl",
     }
+
+
+def test_a_merge_removes_the_journals_that_killed_owners_left(settings: Settings, ledger: Ledger) -> None:
+    batch = planned(settings, ledger, [request("row")])
+    run_all(settings, ledger)
+    folder = BatchFolder.of(settings.data_dir, batch)
+    left, lives = (Flight(folder.flight(0, epoch), epoch, 1) for epoch in (1, 2))
+    left.start(0)
+    left.close(keep=True)
+    assert merge(ledger, settings.data_dir, batch) is Status.COMPLETED
+    assert not list(folder.segments.glob("*.flight"))
+    lives.close()
 
 
 def test_a_cancelled_batch_keeps_its_answers_and_names_the_rows_never_run(settings: Settings, ledger: Ledger) -> None:
