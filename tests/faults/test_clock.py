@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import sqlalchemy as sa
 
 from millrace.batch.lease import Leases, free_expired
 from millrace.batch.ledger import Ledger
 from millrace.batch.schema import ShardState
 from millrace.selftest.parts import Project
+from tests.faults.harness import answers, ended, judged
 from tests.faults.oracle import read_log
 from tests.faults.sessions import LEASE, merged, process, run, session, submitted
 from tests.services import until
@@ -43,6 +46,39 @@ class Clock:
             sa.event.listen(ledger.engine, "connect", connected)
             ledger.engine.dispose()
             yield ledger
+
+
+class Faketime:
+    """libfaketime: the wall clock of every process that is started while it is `on`; the monotonic one goes on."""
+
+    LIBRARY = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
+
+    def __init__(self, path: Path, patch: pytest.MonkeyPatch) -> None:
+        self._path, self._patch = path, patch
+        self.jump(0)
+
+    def jump(self, seconds: float) -> None:
+        """Set the clock, at once and for all of them."""
+        part = self._path.with_suffix(".part")
+        part.write_text(f"{seconds:+.0f}")
+        part.replace(self._path)
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Give the clock to what is started in the block."""
+        with self._patch.context() as patch:
+            patch.setenv("LD_PRELOAD", str(self.LIBRARY))
+            patch.setenv("FAKETIME_TIMESTAMP_FILE", str(self._path))
+            patch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+            patch.setenv("FAKETIME_NO_CACHE", "1")
+            yield
+
+
+@pytest.fixture
+def faketime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Faketime:
+    if Faketime.LIBRARY is None:
+        pytest.skip("needs libfaketime")
+    return Faketime(tmp_path / "faketime", monkeypatch)
 
 
 @pytest.fixture
@@ -102,3 +138,49 @@ def test_a_live_runner_keeps_its_shard_when_the_clock_creeps(ours: Project) -> N
             clock.shift = shift
             assert free_expired(ledger) == 0
             assert Leases(ledger, "two", LEASE).claim() is None
+
+
+@pytest.mark.parametrize("jump", [HOUR, -HOUR])
+def test_the_clock_of_workers_and_their_ledger_jumps(project: Make, faketime: Faketime, jump: float) -> None:
+    """clock_jump, by libfaketime."""
+    ours = project(script={"slots": 4, "ttft_ms": 50})
+    ours.start_redis()
+    ours.start_engine()
+    with faketime.on():
+        workers = [ours.start_worker() for _ in range(2)]
+    for worker in workers:
+        ours.await_worker(worker)
+    answered_across(ours, faketime, jump)
+    with ours.ledger() as ledger:  # the clock of whoever merged
+        (batch,) = ledger.batches()
+    assert abs(batch["millrace"]["ended"] - time.time() - jump) < HOUR / 2
+
+
+@pytest.mark.parametrize("jump", [HOUR, -HOUR])
+def test_the_clock_of_redis_jumps(
+    project: Make, faketime: Faketime, jump: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """clock_jump, by libfaketime: what expires in Redis does so at once, or an hour late."""
+    ours = project(script={"slots": 4, "ttft_ms": 50})
+    with faketime.on(), monkeypatch.context() as patch:
+        patch.setenv("PATH", "")  # so that the wheel's is taken: libfaketime and the allocator of Debian's clash
+        ours.start_redis()
+    ours.start_engine()
+    worker = ours.start_worker()
+    ours.await_worker(worker)
+    answered_across(ours, faketime, jump)
+    with contextlib.closing(redis.Redis.from_url(ours.redis_url)) as client:
+        assert abs(client.time()[0] - time.time() - jump) < HOUR / 2
+
+
+def answered_across(ours: Project, faketime: Faketime, jump: float) -> None:
+    """Run a batch in whose middle the clock jumps, and judge it."""
+    source = ours.write_rows(400)
+    batch = ours.submit(source)
+    until(lambda: answers(ours) > 40, "some answers")
+    faketime.jump(jump)
+    jumped = time.monotonic()
+    ended(ours, batch)
+    # Until a session that was replaced learns it, at its next renewal, its answers do not count.
+    kills = [jumped + 0.05 * step for step in range(int(ours.settings().batch_lease_seconds / 0.05))]
+    judged(ours, batch, source, kills=kills)
