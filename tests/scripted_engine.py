@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.services import free_port
+
 START_SECONDS = 90.0
 END_SECONDS = 60.0
 CONDITION_SECONDS = 60.0
@@ -87,14 +89,14 @@ def scripted_engine(port: int = 0, **script: Any) -> Iterator[Engine]:
     """Start a scripted engine with these fields of `Script`, and end it at the end of the block.
 
     Args:
-        port: 0 for any free one; another to come back at the same place after a crash.
+        port: 0 for a free one; another to come back at the same place after a crash.
         script: Fields of `millrace.engine.scripted.Script`; `log_path` is set where not given.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scripted-")))
         script.setdefault("log_path", str(folder / "log.jsonl"))
         (folder / "script.json").write_text(json.dumps(script))
-        command = [sys.executable, "-m", "millrace.engine.scripted", "--port", str(port)]
+        command = [sys.executable, "-m", "millrace.engine.scripted", "--port", str(port or free_port())]
         command += ["--script", str(folder / "script.json"), "--die-with-stdin"]
         stderr = stack.enter_context((folder / "stderr").open("w+b"))
         process = stack.enter_context(

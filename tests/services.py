@@ -10,12 +10,14 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from millrace.embedded import find_redis, start_redis
+from millrace.selftest.parts import reserve_port
 
 T = TypeVar("T")
 
@@ -49,18 +51,17 @@ def freeze(pid: int, ledger: Path) -> None:
     until(stopped, "a moment outside its writes", 20)
 
 
-_given: set[int] = set()
+#: The ports given last; more would be too many open files.
+_given: deque[socket.socket] = deque()
+GIVEN = 100
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody listens on at this moment; another one at each call."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port not in _given:
-            _given.add(port)
-            return port
+    """Return a port of loopback at which nobody listens, and which nobody else is given for a while."""
+    _given.append(reserve_port())
+    if len(_given) > GIVEN:
+        _given.popleft().close()
+    return int(_given[-1].getsockname()[1])
 
 
 @contextlib.contextmanager

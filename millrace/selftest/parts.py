@@ -134,8 +134,10 @@ class Project:
         self.log = self.folder / "engine.log.jsonl"
         self.script = {**SCRIPT, "log_path": str(self.log), **(script or {})}
         self.changes = settings
-        self.redis_url = f"redis://:selftest@127.0.0.1:{free_port()}/0"
-        self.engine_port = free_port()
+        # Kept as long as the project: its parts come back to them, and others look for free ports meanwhile.
+        self._ports = [reserve_port(), reserve_port()]
+        redis_port, self.engine_port = (port.getsockname()[1] for port in self._ports)
+        self.redis_url = f"redis://:selftest@127.0.0.1:{redis_port}/0"
         self.redis: embedded.Server | None = None
         self.engine: subprocess.Popen[bytes] | None = None
         self.workers: list[Worker] = []
@@ -157,6 +159,8 @@ class Project:
         self.kill_redis()
         if self._guard is not None:
             self._guard.close()
+        for port in self._ports:
+            port.close()
 
     # Settings.
 
@@ -339,8 +343,12 @@ def kill(pid: int, number: int = signal.SIGKILL) -> bool:
     return False
 
 
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def reserve_port() -> socket.socket:
+    """Return a socket whose port of loopback is given to nobody else as a free one until it is closed.
+
+    It is bound and not listened at, so a server that sets SO_REUSEADDR, as servers do, can listen at that port.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved

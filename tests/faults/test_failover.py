@@ -13,11 +13,12 @@ from urllib.parse import urlsplit
 import redis
 
 from millrace.embedded import find_redis
-from millrace.selftest.parts import Project, free_port
+from millrace.selftest.parts import Project
 from tests.faults.faulty_redis import FaultyRedis
 from tests.faults.harness import answers, judged, until
 from tests.faults.proxy import Proxy
 from tests.faults.sessions import submitted
+from tests.services import free_port
 
 RETURN = 20.0  # seconds from the promotion to work
 PASSWORD = "selftest"

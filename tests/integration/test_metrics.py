@@ -221,14 +221,16 @@ def test_without_a_supervisor_the_celery_worker_serves(tmp_path: Path, port: int
 
 def test_a_port_that_is_taken_is_named(cli: Cli, port: int, tmp_path: Path) -> None:
     cli.environment["BATCH_PROCESSES"] = "1"
-    with socket.socket() as taken, redis_server(tmp_path) as redis, scripted_engine() as engine:
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
-        with worker(cli, redis, engine) as running:
-            assert f"No /metrics: port {port} is taken" in running.err
-            assert "set METRICS_PORT" in running.err
-            running.send(signal.SIGTERM)
-            assert running.wait().code == 0
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        redis_server(tmp_path) as redis,
+        scripted_engine() as engine,
+        worker(cli, redis, engine) as running,
+    ):
+        assert f"No /metrics: port {port} is taken" in running.err
+        assert "set METRICS_PORT" in running.err
+        running.send(signal.SIGTERM)
+        assert running.wait().code == 0
 
 
 def test_no_port_no_server(cli: Cli, tmp_path: Path) -> None:
