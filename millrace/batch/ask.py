@@ -155,7 +155,7 @@ class Asker:
             if own:
                 faults.append(self._breaker.fault((lease.batch_id, row), request.url, lease.model, trial))
                 if self._tries(faults) >= self._settings.batch_row_attempts:
-                    await self._breaker.judge(faults[0])
+                    await self._breaker.judge(faults[-1])  # of the others it is known
                 pause = backoff(max(1, self._tries(faults)), RETRY_BASE, failure.retry_after)
             if self._tries(faults) >= self._settings.batch_row_attempts or patience >= PATIENCE:
                 return self._failed(lease.batch_id, row, request.custom_id, failure)

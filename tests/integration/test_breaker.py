@@ -69,6 +69,23 @@ def test_bursts_of_500_and_429_fail_no_row(settings: Settings, ledger: Ledger) -
     all_right(settings, ledger, batch, 60)
 
 
+def test_each_fault_of_a_row_is_judged_not_its_first_alone(settings: Settings, ledger: Ledger) -> None:
+    batch = planned(settings, ledger, rows(6))
+    rules = [
+        # Its own fault, for the engine answers the others before it is asked again.
+        {
+            "when": {"contains": '"row 0"', "first_attempts": 1},
+            "then": {"do": "status", "status": 500, "headers": {"Retry-After": "2"}},
+        },
+        # The engine's: its second try, and our own request after that.
+        {"when": {"nth": [7, 8, 9]}, "then": {"do": "status", "status": 500}},
+    ]
+    with scripted_engine(slots=2, rules=rules) as engine:
+        assert run(on(settings, engine, batch_concurrency=2, batch_row_attempts=2), ledger).rows == 6
+        assert engine.stats()["faults"] == {"status": 4}
+    all_right(settings, ledger, batch, 6)
+
+
 def test_one_bad_row_ends_after_its_tries_and_holds_up_nobody(settings: Settings, ledger: Ledger) -> None:
     batch = planned(settings, ledger, rows(20))
     rule = {"when": {"contains": '"row 7"'}, "then": {"do": "status", "status": 500}}
