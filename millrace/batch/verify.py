@@ -174,11 +174,9 @@ def _check_rows(report: Report, folder: BatchFolder, batch_id: str) -> bool:
             for found in (answered, failed):
                 if found is not None and found != custom_id:
                     report.find(f"input line {row + 1} is {custom_id}, {found} in its line")
-            report.output_lines += answered is not None
-            report.error_lines += failed is not None
-    report.never_run = errors.never_run
     output.end()
     errors.end()
+    report.output_lines, report.error_lines, report.never_run = output.count, errors.count, errors.never_run
     return True
 
 
@@ -189,7 +187,8 @@ class _Lines:
         self._report = report
         self._path = path
         self._prefix = request_name(batch_id, 0).decode()[:-1]
-        self.never_run = 0
+        #: Lines read, whatever they are, and those of rows that were never run.
+        self.count = self.never_run = 0
         self._lines = self._read()
         self._next = next(self._lines, None)
 
@@ -227,6 +226,7 @@ class _Lines:
             return
         with file:
             for number, raw in enumerate(file, 1):
+                self.count = number
                 try:
                     line = msgspec.json.decode(raw, type=_Line)
                 except (msgspec.MsgspecError, UnicodeDecodeError):

@@ -134,6 +134,17 @@ def test_what_is_found_names_the_row(
     assert any(said in finding for finding in report.findings), report.findings
 
 
+def test_lines_that_were_swapped_are_no_lines_lost(
+    settings: Settings, ledger: Ledger, batch: str, folder: BatchFolder
+) -> None:
+    folder.output.write_bytes(swap(folder.output.read_bytes()))
+    report = verify(ledger, settings.data_dir, batch)
+    assert not any("the output has" in finding for finding in report.findings), report.findings
+    folder.output.write_bytes(without(folder.output.read_bytes()))
+    report = verify(ledger, settings.data_dir, batch)
+    assert any(f"the output has {report.output_lines} lines" in finding for finding in report.findings)
+
+
 def test_a_row_in_both_files_is_found(settings: Settings, ledger: Ledger, batch: str, folder: BatchFolder) -> None:
     line = folder.errors.read_bytes().splitlines(keepends=True)[0]
     lines = folder.output.read_bytes().splitlines(keepends=True)
