@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
 import selectors
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,12 +32,16 @@ from millrace.engine.llama_process import Launch
 from millrace.errors import InputError, MillraceError, StorageError, Unreachable
 from millrace.settings_sources import stack_file
 
+log = logging.getLogger(__name__)
+
 #: Hosts at which an embedded server may stand in for one that does not answer.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 REDIS_START = 30.0  # seconds; an append-only file may have to be read
 ENGINE_START = 300.0  # seconds to load a model, and more for its size
 ENGINE_START_PER_GIB = 20.0  # seconds
 STOP = 20.0  # seconds from SIGTERM to SIGKILL
+LEFT = STOP + 10.0  # seconds that the Redis of a killed stack may take to end; its guard may be at it
+GUARD_PAUSE = 0.5  # seconds between starts of a guard
 _LOG_TAIL = 8  # lines of a log in an error
 
 
@@ -69,32 +75,64 @@ class Server:
 
 
 class Guard:
-    """Our end of millrace.guard."""
+    """Our end of millrace.guard; one that is killed is started again, and told what it is to watch."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "millrace.guard"], stdin=subprocess.PIPE, text=True, start_new_session=True
-        )
+        self._watched: set[int] = set()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._process = self._start()
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
+        self._keeper.start()
 
     def watch(self, pid: int) -> None:
         """End the process group of `pid` when we are gone."""
-        self._say(f"+{pid}\n")
+        with self._lock:
+            self._watched.add(pid)
+            self._say(f"+{pid}\n")
 
     def forget(self, pid: int) -> None:
         """The process has ended."""
-        self._say(f"-{pid}\n")
+        with self._lock:
+            self._watched.discard(pid)
+            self._say(f"-{pid}\n")
 
     def close(self) -> None:
         """End what is still watched, and the guard."""
+        with self._lock:
+            self._closed.set()
+            self._hang_up()
+        self._keeper.join()
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "millrace.guard"], stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def _keep(self) -> None:
+        while True:
+            self._process.wait()
+            with self._lock:
+                if self._closed.is_set():
+                    return
+                self._hang_up()
+                try:
+                    self._process = self._start()
+                except OSError as error:
+                    log.warning("The guard has ended, and cannot be started again yet: %s.", error)
+                else:
+                    self._say("".join(f"+{pid}\n" for pid in self._watched))
+            self._closed.wait(GUARD_PAUSE)
+
+    def _hang_up(self) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-        self._process.wait()
 
-    def _say(self, line: str) -> None:
+    def _say(self, lines: str) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # somebody killed the guard; we still end what we started
-            self._process.stdin.write(line)
+        with contextlib.suppress(OSError, ValueError):  # it was killed a moment ago; the next one is told all of it
+            self._process.stdin.write(lines)
             self._process.stdin.flush()
 
 
@@ -176,6 +214,8 @@ def find_redis() -> str:
 def start_redis(data_dir: Path, *, url: str | None = None, started: Callable[[int], None] = lambda pid: None) -> Server:
     """Start Redis; its data lies in DATA_DIR/redis.
 
+    One whose stack was killed, and the guard with it, is ended first: two would write to one append-only file.
+
     Args:
         data_dir: DATA_DIR.
         url: Where it answered before; None for a free port and a new password.
@@ -190,21 +230,28 @@ def start_redis(data_dir: Path, *, url: str | None = None, started: Callable[[in
     folder.mkdir(parents=True, exist_ok=True)
     run = data_dir / "run"
     run.mkdir(parents=True, exist_ok=True)
-    log = _log(data_dir, "redis")
+    with contextlib.closing(_RedisFolder(folder, run / "redis.conf")) as taken:
+        return _start_redis(program, data_dir, url, taken, started)
+
+
+def _start_redis(
+    program: str, data_dir: Path, url: str | None, taken: _RedisFolder, started: Callable[[int], None]
+) -> Server:
+    sink_path, config = _log(data_dir, "redis"), taken.config
     for _ in range(5):  # another program may take the free port first
         before = urlsplit(url) if url else None
         port = before.port if before else _free_port()
         password = before.password if before else secrets.token_urlsafe(24)
-        config = run / "redis.conf"
         config.touch(mode=0o600)
         # A file and not arguments: everybody can read a process's arguments.
         config.write_text(
-            f"bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir {folder}\n"
+            f"bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir {taken.path}\n"
             'appendonly yes\nappendfsync everysec\nsave ""\nmaxmemory-policy noeviction\ndaemonize no\n'
         )
-        with log.open("a") as sink:
+        with sink_path.open("a") as sink:
             process = subprocess.Popen(
                 [program, str(config.absolute())],
+                pass_fds=(taken.descriptor,),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
@@ -216,9 +263,59 @@ def start_redis(data_dir: Path, *, url: str | None = None, started: Callable[[in
         if _redis_answers(server):
             return server
         server.stop()
-        if "in use" not in _tail(log):
+        if "in use" not in _tail(sink_path):
             break
-    raise Unreachable(f"The embedded Redis did not start: {_tail(log)}", f"Its log is {log}.", code="redis_failed")
+    raise Unreachable(
+        f"The embedded Redis did not start: {_tail(sink_path)}", f"Its log is {sink_path}.", code="redis_failed"
+    )
+
+
+class _RedisFolder:
+    """Redis's folder, locked. A Redis inherits the lock, so it is held for as long as one has its files open.
+
+    Args:
+        path: The folder.
+        config: Of the last Redis that ran in it.
+
+    Raises:
+        Unreachable: A Redis runs in it that does not end (redis_left).
+    """
+
+    def __init__(self, path: Path, config: Path) -> None:
+        self.path, self.config = path, config
+        self.descriptor = os.open(path, os.O_RDONLY)
+        deadline = time.monotonic() + LEFT
+        while not self._ours():
+            if time.monotonic() > deadline:
+                os.close(self.descriptor)
+                raise Unreachable(
+                    f"A Redis of a stack that was killed still runs in {path}, and does not end.",
+                    "Look for it with `pgrep -af redis-server`, end it, and try again.",
+                    code="redis_left",
+                )
+            self._end_left()
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        """Leave the lock to the Redis that was started."""
+        os.close(self.descriptor)
+
+    def _ours(self) -> bool:
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:  # such as a network's, where files have no locks
+            log.debug("No lock on %s: %s.", self.path, error)
+        return True
+
+    def _end_left(self) -> None:
+        with contextlib.suppress(OSError, KeyError, ValueError, redis.RedisError):
+            said = dict(line.split(" ", 1) for line in self.config.read_text().splitlines())
+            with contextlib.closing(
+                redis.Redis(port=int(said["port"]), password=said["requirepass"], socket_timeout=1)
+            ) as left:
+                left.shutdown(nosave=True)  # its append-only file has everything
 
 
 def start_engine(

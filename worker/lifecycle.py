@@ -10,6 +10,7 @@ import json
 import logging
 import mmap
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -127,6 +128,27 @@ class Presence(bootsteps.StartStopStep):
                 parent.app.send_task("maintenance.reap", expires=REAP_WAIT, retry=False)
         except Exception as error:  # noqa: BLE001  # a beat missed for whatever reason must not end the worker
             log.warning("No heartbeat this time: %s", error)
+
+
+class Supervised(bootsteps.StartStopStep):
+    """The worker step that drains a worker whose supervisor was killed, and the guard with it."""
+
+    requires = ("celery.worker.components:Timer",)
+
+    def __init__(self, parent: Any, metrics_fd: int | None = None, **options: Any) -> None:
+        super().__init__(parent, **options)
+        self.enabled = metrics_fd is not None  # a supervisor gave it
+        self._supervisor = os.getppid()
+
+    def start(self, parent: Any) -> None:
+        """Look at our parent at every beat."""
+        self._timer = parent.timer.call_repeatedly(BEAT, self._look)
+
+    def _look(self) -> None:
+        if os.getppid() != self._supervisor:
+            self._timer.cancel()
+            log.warning("The process that started this worker is gone: it drains.")
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Metrics(bootsteps.StartStopStep):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import time
 from pathlib import Path
@@ -184,6 +186,45 @@ def test_the_guard_ends_everything(cli: Cli) -> None:
     assert cli.run("status").code == 3
     done = cli.run("batch", "run", cli.write("q.jsonl", batch_file(3)), "-o", "a.jsonl")
     assert done.code == 0, done
+    clean(cli)
+
+
+def running_as(cli: Cli, word: str) -> set[int]:
+    """Return the processes in whose command a word stands."""
+    found = set()
+    for process in cli.processes():
+        with contextlib.suppress(psutil.Error):
+            if any(word in part for part in process.cmdline()):
+                found.add(process.pid)
+    return found
+
+
+def test_a_guard_that_is_killed_is_replaced(cli: Cli) -> None:
+    with cli.up() as (running, _):
+        before = running_as(cli, "millrace.guard")
+        assert len(before) == 2
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: len(running_as(cli, "millrace.guard") - before) == 2, "two others")
+        running.send(signal.SIGKILL)
+        running.process.wait()
+        cli.gone(30)
+
+
+def test_what_a_stack_leaves_whose_guards_died_with_it_ends(cli: Cli) -> None:
+    with cli.up() as (running, _):
+        running.send(signal.SIGSTOP)  # so that it starts no other guards
+        for pid in running_as(cli, "millrace.guard"):
+            os.kill(pid, signal.SIGKILL)
+        running.send(signal.SIGKILL)
+        running.process.wait()
+        (left,) = running_as(cli, "redis-server")
+        until(lambda: {process.pid for process in cli.processes()} == {left}, "workers and an engine that end")
+    # Two of them would write to one append-only file.
+    with cli.up() as (running, _):
+        (redis,) = running_as(cli, "redis-server")
+        assert redis != left
+        assert not psutil.pid_exists(left)
     clean(cli)
 
 
