@@ -18,7 +18,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,7 +40,6 @@ ENGINE_START = 300.0  # seconds to load a model, and more for its size
 ENGINE_START_PER_GIB = 20.0  # seconds
 STOP = 20.0  # seconds from SIGTERM to SIGKILL
 LEFT = STOP + 10.0  # seconds that the Redis of a killed stack may take to end; its guard may be at it
-GUARD_PAUSE = 0.5  # seconds between starts of a guard
 _LOG_TAIL = 8  # lines of a log in an error
 
 
@@ -72,68 +70,6 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-
-
-class Guard:
-    """Our end of millrace.guard; one that is killed is started again, and told what it is to watch."""
-
-    def __init__(self) -> None:
-        self._watched: set[int] = set()
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        self._process = self._start()
-        self._keeper = threading.Thread(target=self._keep, daemon=True)
-        self._keeper.start()
-
-    def watch(self, pid: int) -> None:
-        """End the process group of `pid` when we are gone."""
-        with self._lock:
-            self._watched.add(pid)
-            self._say(f"+{pid}\n")
-
-    def forget(self, pid: int) -> None:
-        """The process has ended."""
-        with self._lock:
-            self._watched.discard(pid)
-            self._say(f"-{pid}\n")
-
-    def close(self) -> None:
-        """End what is still watched, and the guard."""
-        with self._lock:
-            self._closed.set()
-            self._hang_up()
-        self._keeper.join()
-
-    def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "millrace.guard"], stdin=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    def _keep(self) -> None:
-        while True:
-            self._process.wait()
-            with self._lock:
-                if self._closed.is_set():
-                    return
-                self._hang_up()
-                try:
-                    self._process = self._start()
-                except OSError as error:
-                    log.warning("The guard has ended, and cannot be started again yet: %s.", error)
-                else:
-                    self._say("".join(f"+{pid}\n" for pid in self._watched))
-            self._closed.wait(GUARD_PAUSE)
-
-    def _hang_up(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-
-    def _say(self, lines: str) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # it was killed a moment ago; the next one is told all of it
-            self._process.stdin.write(lines)
-            self._process.stdin.flush()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from millrace.batch.submit import open_input
 from millrace.cli.output import Json, print_json, say, size
 from millrace.embedded import LOOPBACK
 from millrace.errors import InputError, Unreachable
+from millrace.guard import Guard
 from millrace.settings import Settings, get_settings
 from millrace.settings_sources import read_stack
 
@@ -122,7 +123,7 @@ def _redis(settings: Settings, *, was_embedded: bool) -> Iterator[tuple[Settings
     else:
         yield settings, "redis_url" in read_stack(settings.data_dir).get("settings", {})
         return
-    with embedded.only_one(settings.data_dir), contextlib.closing(embedded.Guard()) as guard:
+    with embedded.only_one(settings.data_dir), contextlib.closing(Guard()) as guard:
         server = embedded.start_redis(settings.data_dir, started=guard.watch)
         try:
             say(f"Redis at {settings.redis_address} does not answer: using the embedded one of {settings.data_dir}.")

@@ -28,6 +28,7 @@ from millrace.engine.llama_process import Launch
 from millrace.engine.probes import EngineState, probe
 from millrace.engine.retry import EngineError, KeyRefused
 from millrace.errors import MillraceError, SettingsError, Unreachable
+from millrace.guard import Guard
 from millrace.models.demo import Wanted, ensure_model
 from millrace.settings import Settings, engine_override, get_settings, load
 from worker.supervisor import Heard, Supervisor
@@ -151,7 +152,7 @@ def _listen_to_signals(stack: Stack) -> None:
 
 async def _start_servers(stack: Stack, has_redis: bool, cleanup: contextlib.AsyncExitStack) -> Stack:
     settings, data_dir = stack.settings, stack.settings.data_dir
-    guard = embedded.Guard()
+    guard = Guard()
     cleanup.callback(guard.close)
     found: dict[str, Any] = {}
     if not has_redis:
@@ -228,7 +229,7 @@ def _choose_engine(stack: Stack) -> tuple[Launch, str]:
     return launch, model.caution
 
 
-def _start_engine(stack: Stack, launch: Launch, guard: embedded.Guard) -> embedded.Server:
+def _start_engine(stack: Stack, launch: Launch, guard: Guard) -> embedded.Server:
     def wait() -> None:
         if stack.stopping.is_set():
             raise KeyboardInterrupt
@@ -253,7 +254,7 @@ def _check_engine(stack: Stack) -> None:
 
 async def _start_workers(stack: Stack, cleanup: contextlib.AsyncExitStack) -> None:
     settings = stack.settings
-    guard = embedded.Guard()
+    guard = Guard()
     cleanup.callback(guard.close)
     log: IO[bytes] = cleanup.enter_context(_worker_log(settings))
     stack.supervisor = Supervisor(settings, log_file=log.fileno(), started=guard.watch, ended=guard.forget)
@@ -289,7 +290,7 @@ def _worker_log(settings: Settings) -> IO[bytes]:
 def _keep(
     server: embedded.Server,
     again: Callable[[], embedded.Server],
-    guard: embedded.Guard,
+    guard: Guard,
     cleanup: contextlib.AsyncExitStack,
 ) -> None:
     """Start an embedded server again, at the same address, when it ends before we end it."""

@@ -136,9 +136,9 @@ def worker(
 
 
 async def _worker(settings: Settings, listen: str) -> None:
-    from millrace import embedded
+    from millrace.guard import Guard
 
-    guard = embedded.Guard()
+    guard = Guard()
     supervisor = Supervisor(settings, started=guard.watch, ended=guard.forget)
     stopping = asyncio.Event()
 

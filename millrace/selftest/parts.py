@@ -28,6 +28,7 @@ from typing import Any, Self
 from millrace import embedded
 from millrace.batch.ledger import Ledger
 from millrace.errors import Unreachable
+from millrace.guard import Guard
 from millrace.selftest.processes import Process, alive, still_there, tree
 from millrace.settings import Settings, environment, only
 
@@ -141,13 +142,13 @@ class Project:
         self.redis: embedded.Server | None = None
         self.engine: subprocess.Popen[bytes] | None = None
         self.workers: list[Worker] = []
-        self._guard: embedded.Guard | None = None
+        self._guard: Guard | None = None
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.data_dir.mkdir(mode=0o700, exist_ok=True)
         self.temporary.mkdir(exist_ok=True)
-        self._guard = embedded.Guard()
+        self._guard = Guard()
         return self
 
     def __exit__(self, *_: object) -> None:
