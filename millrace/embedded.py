@@ -26,6 +26,8 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from millrace.engine.llama_process import Launch
 from millrace.errors import InputError, MillraceError, StorageError, Unreachable
@@ -248,8 +250,9 @@ class _RedisFolder:
     def _end_left(self) -> None:
         with contextlib.suppress(OSError, KeyError, ValueError, redis.RedisError):
             said = dict(line.split(" ", 1) for line in self.config.read_text().splitlines())
+            once = Retry(NoBackoff(), 0)
             with contextlib.closing(
-                redis.Redis(port=int(said["port"]), password=said["requirepass"], socket_timeout=1)
+                redis.Redis(port=int(said["port"]), password=said["requirepass"], socket_timeout=1, retry=once)
             ) as left:
                 left.shutdown(nosave=True)  # its append-only file has everything
 
