@@ -151,8 +151,8 @@ def _stamp(headers: dict[str, Any], **_: Any) -> None:
 app.add_defaults(_configuration)
 app.steps["consumer"].add("worker.lifecycle:Presence")
 app.steps["worker"].add("worker.lifecycle:Metrics")
-app.steps["worker"].add("worker.lifecycle:Supervised")
 app.steps["worker"].add("worker.prompt_end:PromptEnd")
 app.steps["worker"].add("worker.ending:Ending")
 # From the supervisor, which serves the metrics of all its processes.
 app.user_options["worker"].add(Option(("--metrics-fd",), type=int, hidden=True))
+app.user_options["worker"].add(Option(("--supervisor",), type=int, hidden=True))

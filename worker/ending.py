@@ -3,6 +3,7 @@
     first SIGTERM, SIGINT    drain: runners come to an end, running tasks finish, no message is taken
     first SIGQUIT            the same; after SOFT_SHUTDOWN seconds tasks are cancelled, their messages go back
     a second one, SIGUSR2    now: the pool is killed, messages go back, leases run out
+    its supervisor is gone   as a first SIGTERM, should no guard have sent one
 
 With REMAP_SIGTERM=SIGQUIT in its environment, SIGTERM is as SIGQUIT (Celery's own switch, set in our image).
 Celery alone does nothing at a second SIGTERM, and needs three SIGINTs. Its own soft shutdown sleeps in the
@@ -28,14 +29,19 @@ from worker import lifecycle
 from worker.supervisor import NOW, SOFT_SHUTDOWN, Heard
 
 LAST_WORDS = 2  # seconds that Redis gets to take messages back
+LOOK = 2.0  # seconds between looks at the supervisor
+#: Looks at a supervisor that is gone, before its guard is taken to be gone too: a second SIGTERM would mean now.
+LOOKS = 3
 
 
 class Ending(bootsteps.StartStopStep):
     """The worker step that takes the signals over from Celery."""
 
-    def __init__(self, parent: Any, **options: Any) -> None:
+    def __init__(self, parent: Any, supervisor: int | None = None, **options: Any) -> None:
         super().__init__(parent, **options)
         self._pid = os.getpid()
+        self._supervisor = supervisor
+        self._missed = 0
         self._end, self._quit = Heard(), Heard()
         self._cold: Any = None
 
@@ -45,6 +51,20 @@ class Ending(bootsteps.StartStopStep):
         celery_worker.install_worker_term_hard_handler = lambda *_, **__: None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, NOW):
             signal.signal(number, partial(self._heard, parent))
+        if self._supervisor is not None:
+            # Celery's own timer stands still while Redis is away.
+            signal.signal(signal.SIGALRM, partial(self._look, parent))
+            signal.setitimer(signal.ITIMER_REAL, LOOK, LOOK)
+
+    def _look(self, parent: Any, *_: object) -> None:
+        if os.getppid() == self._supervisor or os.getpid() != self._pid:
+            return
+        self._missed += 1
+        if lifecycle.draining() or self._missed == LOOKS:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if self._missed == LOOKS and not lifecycle.draining():
+            celery_worker.safe_say("The process that started this worker is gone.", sys.__stderr__)
+            self._heard(parent, signal.SIGTERM, None)
 
     def _heard(self, parent: Any, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a process of the pool: a Ctrl-\ at the terminal reaches it too

@@ -10,7 +10,6 @@ import json
 import logging
 import mmap
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +29,6 @@ from worker import holding
 log = logging.getLogger(__name__)
 
 BEAT = 2.0  # seconds; a hold is seen as late as that
-MISSED = 2  # beats that a worker leaves to the guard of a supervisor that was killed
 REAP = 15.0  # seconds between reaper tasks, over all workers together; less where leases are shorter
 #: Seconds that a reaper task may wait. With fewer, a worker whose way to Redis is slow, or whose clock differs from
 #: the sender's, throws every one of them away.
@@ -129,34 +127,6 @@ class Presence(bootsteps.StartStopStep):
                 parent.app.send_task("maintenance.reap", expires=REAP_WAIT, retry=False)
         except Exception as error:  # noqa: BLE001  # a beat missed for whatever reason must not end the worker
             log.warning("No heartbeat this time: %s", error)
-
-
-class Supervised(bootsteps.StartStopStep):
-    """The worker step that drains a worker whose supervisor was killed, and the guard with it."""
-
-    requires = ("celery.worker.components:Timer",)
-
-    def __init__(self, parent: Any, metrics_fd: int | None = None, **options: Any) -> None:
-        super().__init__(parent, **options)
-        self.enabled = metrics_fd is not None  # a supervisor gave it
-        self._supervisor = os.getppid()
-        self._missed = 0
-
-    def start(self, parent: Any) -> None:
-        """Look at our parent at every beat."""
-        self._timer = parent.timer.call_repeatedly(BEAT, self._look)
-
-    def _look(self) -> None:
-        if os.getppid() == self._supervisor:
-            return
-        # A guard tells us at once, and a second SIGTERM would mean now.
-        self._missed += 1
-        if draining():
-            self._timer.cancel()
-        elif self._missed > MISSED:
-            self._timer.cancel()
-            log.warning("The process that started this worker is gone: it drains.")
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Metrics(bootsteps.StartStopStep):

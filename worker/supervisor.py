@@ -156,7 +156,7 @@ class Supervisor:
         # Two workers on one machine must not share a node name.
         command += ["--hostname", f"{role.name}.{os.getpid()}@{socket.gethostname()}"]
         command += ["--without-mingle", "--without-gossip", "--loglevel", self._settings.log_level]
-        command += ["--metrics-fd", str(self.metrics.descriptor)]
+        command += ["--metrics-fd", str(self.metrics.descriptor), "--supervisor", str(os.getpid())]
         role.process = await asyncio.create_subprocess_exec(
             *command,
             pass_fds=(self.metrics.descriptor,),

@@ -228,6 +228,16 @@ def test_what_a_stack_leaves_whose_guards_died_with_it_ends(cli: Cli) -> None:
     clean(cli)
 
 
+def test_workers_end_whose_supervisor_guard_and_redis_died(cli: Cli) -> None:
+    with cli.up() as (running, _):
+        running.send(signal.SIGSTOP)
+        for pid in running_as(cli, "millrace.guard") | running_as(cli, "redis-server"):
+            os.kill(pid, signal.SIGKILL)
+        running.send(signal.SIGKILL)
+        running.process.wait()
+        cli.gone()
+
+
 def children(cli: Cli, role: str) -> tuple[psutil.Process, list[psutil.Process]]:
     """Return a Celery main process and its pool's processes."""
     for process in cli.processes():
