@@ -88,15 +88,16 @@ class Ending(bootsteps.StartStopStep):
         )
         state.should_stop = EX_OK
         if soft:
-            signal.signal(signal.SIGALRM, self._cold)
+            # The timer first: that of `_look` must not fire into this handler.
             signal.setitimer(signal.ITIMER_REAL, SOFT_SHUTDOWN)
+            signal.signal(signal.SIGALRM, self._cold)
 
 
 def _end_now(parent: Any, number: int) -> None:
     celery_worker.safe_say("Ending at once: tasks are killed, messages go back, leases run out.", sys.__stderr__)
     code = 128 + number
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
     signal.alarm(LAST_WORDS)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
     try:
         for process in active_children():
             if process.pid:

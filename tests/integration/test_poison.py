@@ -285,7 +285,7 @@ def test_a_worker_that_stood_still_for_longer_than_its_lease_accuses_nobody(
 ) -> None:
     batch = planned(settings, ledger, rows(12))
     rule = {"when": {"first_attempts": 1}, "then": {"do": "hang"}}
-    with scripted_engine(slots=24, rules=[rule], ttft_ms=3000) as engine:
+    with scripted_engine(slots=12, rules=[rule]) as engine:
         here = on(settings, engine, batch_concurrency=12)
         process = PROCESSES.Process(target=work, args=(here, SHORT))
         process.start()
@@ -294,9 +294,12 @@ def test_a_worker_that_stood_still_for_longer_than_its_lease_accuses_nobody(
         freeze(process.pid, settings.data_dir / "ledger.db")
         (shard,) = ledger.shards(batch)
         expire(ledger, shard.id)
-        outcome = run(here, ledger)
-        # All at once, beside the requests of the one that stands still.
-        assert (outcome.rows, engine.stats()["peak_in_flight"]) == (12, 24)
+        with Running(here, ledger) as running:
+            # All at once, beside the requests of the one that stands still, which have the slots.
+            engine.wait_for(lambda stats: stats["waiting"] == 12)
+            engine.script(slots=24)
+            assert running.result().rows == 12
+        assert engine.stats()["peak_in_flight"] == 24
         os.kill(process.pid, signal.SIGCONT)
         process.join(60)
         assert process.exitcode == 0
@@ -316,7 +319,10 @@ def test_suspects_that_are_given_back_are_still_suspects(settings: Settings, led
     (kept,) = flights(settings, batch)
     (shard,) = ledger.shards(batch)
     assert (shard.state, shard.attempts) == (ShardState.READY, 0)
-    with scripted_engine(port=port, slots=12, ttft_ms=500) as engine:
-        assert run(here, ledger).rows == 12
-        assert engine.stats()["peak_in_flight"] <= 8
+    with scripted_engine(port=port, slots=0) as engine:
+        with Running(here, ledger) as running:
+            engine.wait_for(lambda stats: stats["waiting"] == 8)
+            engine.script(slots=12)
+            assert running.result().rows == 12
+        assert engine.stats()["peak_in_flight"] == 8
         assert not kept.exists()
