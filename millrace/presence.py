@@ -18,6 +18,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from millrace import processes
 from millrace.errors import MillraceError, Unreachable
 from millrace.settings import Settings, hide_password
 
@@ -157,19 +158,9 @@ def at_work(settings: Settings) -> bool:
     served: set[str] = set()
     for entry in alive(settings):
         # Redis may still have the entries of those that a crash has ended.
-        if not entry["draining"] and (entry["host"] != socket.gethostname() or _lives(entry["pid"])):
+        if not entry["draining"] and (entry["host"] != socket.gethostname() or processes.alive(entry["pid"])):
             served.update(entry["queues"])
     return {"batch", "maintenance"} <= served
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def alive(settings: Settings) -> list[dict[str, Any]]:

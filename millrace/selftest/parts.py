@@ -29,7 +29,7 @@ from millrace import embedded
 from millrace.batch.ledger import Ledger
 from millrace.errors import Unreachable
 from millrace.guard import Guard
-from millrace.selftest.processes import Process, alive, still_there, tree
+from millrace.processes import Process, alive, still_there, tree
 from millrace.settings import Settings, environment, only
 
 LEASE = 6.0  # seconds; short, so that what a dead worker held is soon run again

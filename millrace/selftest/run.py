@@ -15,10 +15,10 @@ from millrace.batch.ledger import Ledger
 from millrace.batch.schema import ShardState, Status, shards
 from millrace.batch.verify import verify
 from millrace.errors import Unreachable
+from millrace.processes import alive
 from millrace.selftest import oracle
 from millrace.selftest.kills import Kill, Part
 from millrace.selftest.parts import LEASE, Project, Worker, kill
-from millrace.selftest.processes import alive
 
 LOOK = 0.05  # seconds between looks at the batch
 STUCK = 120.0  # seconds without an answer after which nobody needs to wait any longer

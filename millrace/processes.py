@@ -1,4 +1,7 @@
-"""Which processes a process has started, on Linux and macOS, without a package for it."""
+"""Which processes run, and who started them, on Linux and macOS, without a package for it.
+
+An ended process whose parent does not ask for its exit code, such as PID 1 of many a container, does not run.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,8 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    except PermissionError:  # somebody else's
+        return True
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
