@@ -28,6 +28,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from millrace import processes
 from millrace.engine import retry
 
 _VALUE = struct.Struct("=d")
@@ -250,7 +251,7 @@ def _alive(table: mmap.mmap, offset: int) -> bool:
     """Whether a record's owner lives; its process group tells it from another process with its number."""
     pid, group = _OWNER.unpack_from(table, offset + 8)
     try:
-        return bool(os.getpgid(pid) == group)
+        return bool(os.getpgid(pid) == group) and processes.alive(pid)
     except (ProcessLookupError, PermissionError):
         return False
 

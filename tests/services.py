@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+
 from millrace.embedded import find_redis, start_redis
 from millrace.selftest.parts import reserve_port
 
@@ -33,6 +35,14 @@ def until(condition: Callable[[], T], what: str | Callable[[], str], seconds: fl
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s: {what if isinstance(what, str) else what()}")
         time.sleep(0.02)
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether a process has not ended; psutil takes one for running whose exit code PID 1 has not asked for."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def freeze(pid: int, ledger: Path) -> None:

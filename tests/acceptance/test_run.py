@@ -16,7 +16,7 @@ from millrace import presence
 from millrace.settings import Settings
 from tests.cli import NOBODY, Cli, batch_file, redis_answers
 from tests.scripted_engine import Engine, scripted_engine
-from tests.services import OwnRedis, free_port, redis_server, until
+from tests.services import OwnRedis, free_port, lives, redis_server, until
 from worker.supervisor import Heard
 
 
@@ -256,7 +256,7 @@ def test_killed_workers(cli: Cli, scripted: Engine) -> None:
         main, _ = children(cli, "batch1")
         for process in (child, main):
             process.kill()
-        until(lambda: not (child.is_running() or main.is_running()), "their end")
+        until(lambda: not (lives(child) or lives(main)), "their end")
         scripted.script(tokens_per_second=0)
         done = running.wait()
     assert done.code == 0, done

@@ -24,7 +24,7 @@ from millrace.settings import Settings
 from tests.cli import Cli, batch_file, request
 from tests.metrics import page, scrape, values
 from tests.scripted_engine import Engine, scripted_engine
-from tests.services import OwnRedis, celery_worker, free_port, redis_server, until
+from tests.services import OwnRedis, celery_worker, free_port, lives, redis_server, until
 from tests.unit.batches import recorded
 from worker.exporter import Exporter
 
@@ -208,7 +208,7 @@ def test_without_a_supervisor_the_celery_worker_serves(tmp_path: Path, port: int
             with celery_worker(tmp_path / "second", "--hostname", "second@%h", **settings) as second:
                 until(lambda: f"No /metrics: port {port} is taken" in second.log, lambda: second.log)
                 assert "set METRICS_PORT" in second.log
-        assert not exporter.is_running()
+        assert not lives(exporter)
         assert "Traceback" not in first.log
         # A worker that is killed leaves no exporter behind.
         with celery_worker(tmp_path, "--concurrency", "1", **settings) as third:
@@ -216,7 +216,7 @@ def test_without_a_supervisor_the_celery_worker_serves(tmp_path: Path, port: int
             children = psutil.Process(third.process.pid).children()
             exporter = next(one for one in children if "worker.exporter" in one.cmdline())
             third.process.kill()
-            until(lambda: not exporter.is_running() or exporter.status() == psutil.STATUS_ZOMBIE, "its end")
+            until(lambda: not lives(exporter), "its end")
 
 
 def test_a_port_that_is_taken_is_named(cli: Cli, port: int, tmp_path: Path) -> None:

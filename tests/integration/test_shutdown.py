@@ -17,7 +17,7 @@ import redis
 from celery import Celery
 
 from tests.scripted_engine import Engine, scripted_engine
-from tests.services import Worker, celery_worker, free_port, redis_server, until
+from tests.services import Worker, celery_worker, free_port, lives, redis_server, until
 from worker.supervisor import Heard
 
 pytestmark = [
@@ -90,7 +90,7 @@ def twice(parts: tuple[str, Engine, Celery], tmp_path: Path, number: signal.Sign
         worker.process.send_signal(number)
         assert worker.process.wait(20) == 128 + number
         assert worker.log.count("Ending at once") == 1
-        until(lambda: not any(child.is_running() for child in children), "an end of its children")
+        until(lambda: not any(map(lives, children)), "an end of its children")
         engine.wait_for(lambda stats: stats["in_flight"] == 0)
     with redis.Redis.from_url(url) as client:
         assert client.hlen("unacked") == 0

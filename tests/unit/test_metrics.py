@@ -79,6 +79,8 @@ def test_gauges_are_those_of_living_processes(table: Table) -> None:
     pid = forked(lambda: metrics.show({series: 4}), then_wait=True)
     assert table.read()[series] == 7
     os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert table.read()[series] == 3  # though nobody has asked for its exit code
     os.waitpid(pid, 0)
     assert table.read()[series] == 3
     # Its record is taken over, and its value is not.
