@@ -100,6 +100,7 @@ _TROUBLES = (
         "Make it with mkdir -p, as the user that WORKER_USER names; or correct DATA_DIR.",
     ),
 )
+_KILLED = 137  # exit code of SIGKILL
 #: A paused container is there, and answers nobody.
 _ENDED = ("exited", "dead", "restarting", "paused")
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # Compose prints them into pipes too
@@ -192,6 +193,9 @@ class Compose:
         if state.get("OOMKilled"):
             how += ", killed at its memory limit"
             mend = "Use a smaller model, N_CTX or MAX_MODEL_LEN, or raise LLM_MEMORY."
+        elif state.get("ExitCode") == _KILLED:  # at a limit, too: Docker may miss which it was
+            how += ", killed"
+            mend = "If nobody did that, use a smaller model, N_CTX or MAX_MODEL_LEN, or raise LLM_MEMORY."
         last = "\n  ".join(words[-LAST_WORDS:]) or "(its log is empty)"
         raise Unreachable(
             f"{what} {how}; its last words:\n  {last}",

@@ -19,7 +19,7 @@ from tests.services import environment
 
 pytestmark = pytest.mark.timeout(LIMIT)
 
-SOON = 30.0  # seconds; the health check alone would allow half an hour
+SOON = 120.0  # seconds; the health check alone would allow half an hour
 
 
 def refused(project: Project, code: str, *, exit_code: int = 3, seconds: float = SOON) -> Done:
@@ -101,6 +101,15 @@ def test_an_engine_that_exits_at_its_start(queued: Callable[..., Project]) -> No
     assert "--no-such-option" in done.error["message"]
 
 
+def test_too_little_memory(queued: Callable[..., Project]) -> None:
+    one = queued("llamacpp", LLM_MEMORY="12m")
+    services = one.folder / "docker-compose.llamacpp.yml"  # its end is to be seen, not a next start
+    services.write_text(services.read_text().replace("restart: unless-stopped", 'restart: "no"'))
+    done = refused(one, "engine_failed")
+    assert "ended with 137, killed" in done.error["message"]
+    assert "LLM_MEMORY" in done.error["hint"]
+
+
 def test_a_taken_port(queued: Callable[..., Project]) -> None:
     one = queued("llamacpp")
     with socket.create_server(("127.0.0.1", int(one.variables["LLM_PORT"]))):
@@ -149,14 +158,14 @@ def test_a_password_that_compose_cannot_read_is_not_shown(project: Callable[...,
 
 def test_an_image_that_is_not_there(queued: Callable[..., Project]) -> None:
     one = queued("vllm", VLLM_IMAGE="registry.invalid/vllm:none")
-    message = refused(one, "image_missing", seconds=60).error["message"]
+    message = refused(one, "image_missing").error["message"]
     assert message.startswith("The image registry.invalid/vllm:none is not here")
 
 
 def test_another_services_image_that_is_not_there(queued: Callable[..., Project]) -> None:
     one = queued("llamacpp")
     one.set(REDIS_IMAGE="registry.invalid/redis:none")
-    error = refused(one, "image_missing", seconds=60).error
+    error = refused(one, "image_missing").error
     one.set(REDIS_IMAGE=None)
     assert "redis" in error["message"]
     assert "take its file out of COMPOSE_FILE" in error["hint"]
@@ -164,7 +173,7 @@ def test_another_services_image_that_is_not_there(queued: Callable[..., Project]
 
 def test_a_data_dir_that_is_not_there(queued: Callable[..., Project], worker_image: None) -> None:
     one = queued("llamacpp", "worker", DATA_DIR="nowhere")
-    done = refused(one, "folder_missing", seconds=120)
+    done = refused(one, "folder_missing")
     assert f"There is no folder {one.folder}/nowhere" in done.error["message"]
     (one.folder / "nowhere").mkdir()
 
@@ -172,7 +181,7 @@ def test_a_data_dir_that_is_not_there(queued: Callable[..., Project], worker_ima
 def test_a_data_dir_that_workers_cannot_write(queued: Callable[..., Project], worker_image: None) -> None:
     one = queued("llamacpp", "worker", WORKER_USER="4242:4242")
     (one.folder / "millrace-data").mkdir(mode=0o700)
-    done = refused(one, "container_failed", seconds=120)
+    done = refused(one, "container_failed")
     assert done.error["message"].startswith("worker ")
     assert "WORKER_USER must be able to write DATA_DIR" in done.error["message"]
 

@@ -10,6 +10,7 @@ from typing import Any
 from millrace.cli.doctor.docker import Container, Docker
 from millrace.cli.doctor.finding import Finding, note, ok, wrong
 from millrace.cli.doctor.programs import ask, together
+from millrace.cli.output import size
 from millrace.settings import Settings, hide_secrets
 from millrace.symptoms import telling
 
@@ -72,9 +73,15 @@ def _judge(container: Container, entry: dict[str, Any], lines: list[str], settin
     if state.get("OOMKilled"):
         return wrong(CHECK, f"{service} was ended by its memory limit (exit code {code}){said}", _less_memory(service))
     if status != "running" and code == KILLED:
-        # By hand; or by the kernel, which without a limit leaves no more than this.
+        # By hand; or by the kernel, which without a limit leaves no more than this. Of one with a limit Docker
+        # hears apart from its end, and may miss it.
+        what = f"{service} was killed (exit code {code}){said}"
+        if limit := entry["HostConfig"].get("Memory"):
+            what += f"; its memory is limited to {size(limit)}"
+            mend = f"docker compose up -d {service}; if nobody killed it, that is too little. {_less_memory(service)}"
+            return wrong(CHECK, what, mend)
         mend = f"docker compose up -d {service}; if nobody killed it, `dmesg` says whether memory was short."
-        return wrong(CHECK, f"{service} was killed (exit code {code}){said}", mend)
+        return wrong(CHECK, what, mend)
     if status == "restarting" or (status == "running" and restarts and _unsteady(state)):
         what = f"{service} ends and is started again ({restarts} times; exit code {code}){said}"
         return wrong(CHECK, what, mend or (logs if not line else "Correct that, then: docker compose up -d"))
