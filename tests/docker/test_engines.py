@@ -76,7 +76,7 @@ def check(project: Project) -> None:
 def run_batch(project: Project, rows: int = 60) -> None:
     """Run one file by the command line, with the workers of the virtual environment."""
     project.cli.write("in.jsonl", batch_file(rows))
-    done = project.cli.run("batch", "run", "in.jsonl", "-o", "out.jsonl", "--json", seconds=120)
+    done = project.cli.run("batch", "run", "in.jsonl", "-o", "out.jsonl", "--json")
     assert done.code == 0, done
     assert [row["custom_id"] for row in project.cli.rows("out.jsonl")] == [f"row-{n}" for n in range(rows)]
     assert project.cli.run("batch", "verify", done.json["id"]).code == 0
@@ -165,10 +165,10 @@ def test_the_engine_is_switched_with_work_queued(
         def counts() -> dict[str, int]:
             return dict(one.cli.run("batch", "show", batch, "--json").json["request_counts"])
 
-        until(lambda: counts()["completed"], "a first answer", 60)
+        until(lambda: counts()["completed"], "a first answer")
         switched = one.cli.start("backend", "switch", "vllm", "--json")
         with switched as running:
-            running.until(lambda: "Holding the queues" in running.err, "a hold", 60)
+            running.until(lambda: "Holding the queues" in running.err, "a hold")
             # Somebody asks while the engine is being changed.
             with subprocess.Popen(
                 [sys.executable, "-c", send],
@@ -213,7 +213,7 @@ def test_a_switch_to_a_model_that_is_not_there_changes_nothing(
     dotenv, container = (one.folder / ".env").read_text(), one.container("llm-server")
 
     def refused() -> str:
-        done = one.cli.run("backend", "switch", "vllm", "--json", seconds=120)
+        done = one.cli.run("backend", "switch", "vllm", "--json")
         assert (done.code, done.error["code"]) == (3, "engine_failed"), done
         assert done.error["hint"]
         assert "Holding the queues" not in done.err
@@ -296,7 +296,7 @@ def test_an_engine_that_could_not_answer_the_queue_is_refused(
     assert one.cli.run("backend", "start", seconds=START).code == 0
     one.cli.write("in.jsonl", batch_file(3))
     assert one.cli.run("batch", "submit", "in.jsonl").code == 0
-    done = one.cli.run("backend", "switch", "vllm", "--json", seconds=120)
+    done = one.cli.run("backend", "switch", "vllm", "--json")
     assert (done.code, done.error["code"]) == (2, "model_mismatch")
     assert "3 queued rows ask for the model tiny" in done.error["message"]
     assert chat(one)["model"] == MODEL  # the old one was not touched
@@ -349,7 +349,7 @@ def test_workers_in_containers(project: Callable[..., Project], llamacpp_image: 
     def hosts() -> set[str]:
         return {worker["host"] for worker in one.cli.run("status", "--json").json["workers"]}
 
-    until(lambda: len(hosts()) == 2, "workers of two containers", 60)
+    until(lambda: len(hosts()) == 2, "workers of two containers")
     run_batch(one)
     one.cli.write("long.jsonl", batch_file(4000, max_tokens=150))
     batch = one.cli.run("batch", "submit", "long.jsonl", "--json").json["id"]
@@ -357,15 +357,15 @@ def test_workers_in_containers(project: Callable[..., Project], llamacpp_image: 
         lambda: one.cli.run("batch", "show", batch, "--json").json["request_counts"]["completed"], "a first answer", 60
     )
     # A soft shutdown: what is in flight is answered or put back, well within the grace period.
-    one.compose("stop", "worker", seconds=130)
+    one.compose("stop", "worker", seconds=240)
     for index in (1, 2):
         assert one.container("worker", index)["State"]["ExitCode"] == 0, one.logs("worker")
     shown = one.cli.run("batch", "show", batch, "--json").json
     assert 0 < shown["request_counts"]["completed"] < 4000
     # So does a plain Celery worker in the same image (REMAP_SIGTERM).
     plain = one.compose("run", "--detach", "worker", "celery", "-A", "worker", "worker", "-c", "2").stdout.split()[-1]
-    until(lambda: " ready." in docker("logs", plain).stderr, lambda: docker("logs", plain).stderr, 60)
-    docker("stop", "--time", "60", plain, seconds=90)
+    until(lambda: " ready." in docker("logs", plain).stderr, lambda: docker("logs", plain).stderr)
+    docker("stop", "--time", "60", plain, seconds=180)
     assert docker("inspect", "-f", "{{.State.ExitCode}}", plain).stdout.strip() == "0", docker("logs", plain).stderr
     assert "soft shutdown" in docker("logs", plain).stderr.lower()
     one.compose("start", "worker")

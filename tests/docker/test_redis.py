@@ -68,7 +68,7 @@ def test_a_wrong_password_is_unhealthy(running: Project) -> None:  # K37
     assert health(running) == "healthy"
     with running.redis() as client:
         client.config_set("requirepass", "another")
-    until(lambda: health(running) == "unhealthy", "an unhealthy Redis", 60)
+    until(lambda: health(running) == "unhealthy", "an unhealthy Redis")
 
 
 def test_the_worker_says_that_the_password_is_wrong(running: Project) -> None:

@@ -99,7 +99,7 @@ def test_a_supervisors_sigquit_after_sigterm_is_no_second_signal(parts, tmp_path
         worker.process.send_signal(signal.SIGTERM)
         after_the_echo(worker)
         worker.process.send_signal(signal.SIGQUIT)
-        assert sent.get(timeout=20)["object"] == "chat.completion"
+        assert sent.get(timeout=90)["object"] == "chat.completion"
         worker.process.wait(20)
         assert "Ending at once" not in worker.log
 

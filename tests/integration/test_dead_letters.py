@@ -68,14 +68,14 @@ class Stack:
         return dead_letters.letters(self.client, self.settings)
 
     def one(self) -> Letter:
-        until(self.letters, lambda: f"a dead letter: {self.worker.log[-3000:]}", 20)
+        until(self.letters, lambda: f"a dead letter: {self.worker.log[-3000:]}")
         (letter,) = self.letters()
         return letter
 
     def answers(self) -> bool:
         """Whether the worker has seen all that was sent before, and goes on."""
         self.engine.script(rules=[])
-        return bool(self.send("inference.chat", SECRET, "scripted").get(timeout=20)["choices"])
+        return bool(self.send("inference.chat", SECRET, "scripted").get(timeout=90)["choices"])
 
     def child(self) -> int:
         """Return the pid of the pool's only process."""
@@ -134,7 +134,7 @@ def test_an_engine_that_fails_leaves_a_letter_and_another_try_is_answered(stack:
     stack.engine.script(rules=[{"then": {"do": "status", "status": 500}}])
     sent = stack.send("inference.chat", SECRET, "scripted", kwargs={"max_tokens": 4}, priority=6)
     with pytest.raises(ServerFault):
-        sent.get(timeout=20)
+        sent.get(timeout=90)
     letter = stack.one()
     assert (letter.id, letter.task, letter.queue) == (sent.id, "inference.chat", "interactive")
     assert (letter.code, letter.attempts) == ("server_error", 1)
@@ -164,7 +164,7 @@ def test_an_engine_that_fails_leaves_a_letter_and_another_try_is_answered(stack:
 def test_a_fault_of_the_caller_is_an_answer_and_no_letter(stack: Stack, status: int, body: Any) -> None:
     stack.engine.script(rules=[{"then": {"do": "status", "status": status, "body": body}}])
     with pytest.raises(RequestRefused):
-        stack.send("inference.chat", SECRET, "scripted").get(timeout=20)
+        stack.send("inference.chat", SECRET, "scripted").get(timeout=90)
     assert stack.answers()
     assert stack.letters() == []
 
@@ -213,13 +213,13 @@ def test_a_task_that_kills_its_process_four_times_is_a_letter(stack: Stack) -> N
     dead_letters.send_again(stack.client, letter.id)
     stack.engine.wait_for(lambda stats: stats["in_flight"] == 1)
     os.kill(stack.child(), signal.SIGKILL)
-    until(lambda: stack.plain.AsyncResult(sent.id).successful(), "an answer after all", 30)
+    until(lambda: stack.plain.AsyncResult(sent.id).successful(), "an answer after all")
     assert stack.letters() == []
 
 
 def test_a_fault_of_our_own_is_kept(stack: Stack) -> None:
     with pytest.raises(KeyError):
-        stack.send("inference.broken", "a word").get(timeout=20)
+        stack.send("inference.broken", "a word").get(timeout=90)
     letter = stack.one()
     assert (letter.code, letter.reason, letter.attempts) == ("exception", "KeyError: 'a word'", 1)
 
@@ -227,7 +227,7 @@ def test_a_fault_of_our_own_is_kept(stack: Stack) -> None:
 def test_arguments_that_do_not_fit_are_kept(stack: Stack) -> None:
     sent = stack.send("inference.chat", kwargs={"max_tokens": 4})
     with pytest.raises(TypeError):
-        sent.get(timeout=20)
+        sent.get(timeout=90)
     letter = stack.one()
     assert (letter.id, letter.code) == (sent.id, "wrong_arguments")
     assert "messages" in letter.reason
@@ -254,7 +254,7 @@ def test_a_list_that_redis_does_not_write_loses_nothing(stack: Stack) -> None:
 def test_an_unknown_task_is_kept_and_its_caller_told(stack: Stack) -> None:
     sent = stack.send("no.such.task", SECRET, kwargs={"n": 1})
     with pytest.raises(NotRegistered):
-        sent.get(timeout=20)
+        sent.get(timeout=90)
     letter = stack.one()
     assert (letter.id, letter.task, letter.code, letter.attempts) == (sent.id, "no.such.task", "unknown_task", 0)
     assert (letter.contents()["args"], letter.contents()["kwargs"]) == ([SECRET], {"n": 1})
@@ -331,7 +331,7 @@ def test_a_full_redis_loses_no_message(stack: Stack) -> None:
         stack.send("inference.embed", "the one after", "scripted", ignore_result=True)
         stack.client.config_set("maxmemory", 1)
         # The first one ends at its limit; what comes next is taken from a full Redis.
-        until(lambda: "did not note message" in stack.worker.log, "a refused note", 20)
+        until(lambda: "did not note message" in stack.worker.log, "a refused note")
         until(lambda: any(entry["path"] == "/v1/embeddings" for entry in stack.engine.log()), "the second task")
     finally:
         stack.client.config_set("maxmemory", 0)

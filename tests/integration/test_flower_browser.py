@@ -67,7 +67,7 @@ def test_a_person_finds_what_they_look_for(site: Watched, browser: Chrome) -> No
     for prompt in prompts:
         message = {"role": "user", "content": prompt}
         sent = site.plain.send_task("inference.chat", args=[[message]], queue="interactive")
-        sent.get(timeout=20)
+        sent.get(timeout=90)
     for queue, priority, count in (("batch", 3, 24), ("batch", 0, 3), ("batch", 9, 5), ("models", 3, 1)):
         for _ in range(count):
             site.plain.send_task("nobody.runs.this", queue=queue, priority=priority, ignore_result=True)

@@ -71,14 +71,14 @@ def _quick_engine(stack: Stack) -> None:
 
 
 def test_a_task_waits_in_its_queue_and_is_answered_afterwards(stack: Stack) -> None:
-    assert stack.chat().get(timeout=30)["choices"]
+    assert stack.chat().get(timeout=90)["choices"]
     with hold.hold(stack.settings, "a test") as held:
-        assert held.wait(30)
+        assert held.wait(60)
         asked = stack.engine.stats()["requests"]
         waiting = [stack.chat() for _ in range(5)]
         until(lambda: stack.queued() == 5, "five tasks in the queue")
         assert stack.engine.stats()["requests"] == asked
-    assert all(result.get(timeout=30)["choices"] for result in waiting)
+    assert all(result.get(timeout=90)["choices"] for result in waiting)
 
 
 def test_what_runs_is_answered_before_the_worker_is_at_rest(stack: Stack) -> None:
@@ -89,7 +89,7 @@ def test_what_runs_is_answered_before_the_worker_is_at_rest(stack: Stack) -> Non
         until(lambda: any(entry.get("engine_tasks") == 1 for entry in held.busy()), "a worker that says so")
         assert held.wait(60)
         assert running.ready()
-    assert running.get(timeout=30)["choices"]
+    assert running.get(timeout=90)["choices"]
 
 
 def test_what_a_worker_has_taken_ahead_goes_back_to_its_queue(stack: Stack) -> None:
@@ -100,7 +100,7 @@ def test_what_a_worker_has_taken_ahead_goes_back_to_its_queue(stack: Stack) -> N
         assert held.wait(60)
         until(lambda: stack.queued() == 6, "the other six in their queue")
         stack.engine.script(rules=[])
-    assert all(result.get(timeout=30)["choices"] for result in sent)
+    assert all(result.get(timeout=90)["choices"] for result in sent)
 
 
 def test_a_batch_drains_and_goes_on(stack: Stack, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_dead_holders_hold_ends_by_itself(stack: Stack) -> None:
         waiting = stack.chat()
         until(lambda: stack.queued() == 1, "a task in the queue")
         client.expire(hold.KEY, 1)  # the rest of its time
-    assert waiting.get(timeout=30)["choices"]
+    assert waiting.get(timeout=90)["choices"]
 
 
 def test_a_holder_that_slept_too_long_leaves_the_next_one_alone(stack: Stack) -> None:

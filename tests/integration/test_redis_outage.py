@@ -80,7 +80,7 @@ def test_queued_tasks_survive_a_killed_redis(tmp_path: Path) -> None:
             scripted_engine(slots=4) as engine,
             celery_worker(tmp_path, redis_url=server.url, llm_server_url=engine.url),
         ):
-            assert [result.get(timeout=30)["object"] for result in sent] == ["chat.completion"] * 5
+            assert [result.get(timeout=90)["object"] for result in sent] == ["chat.completion"] * 5
         plain.close()
     finally:
         server.kill()
