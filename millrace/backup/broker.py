@@ -14,6 +14,7 @@ the old ones and renames the new ones. Whatever Redis may refuse, it refuses bef
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -32,7 +33,9 @@ STAGED = "millrace:restore:"
 #: Redis needs twice this in memory while it answers, beside its data, and does nothing else for some seconds.
 MOST = 256 * 2**20  # bytes
 PATIENCE = 300.0  # seconds that Redis may take for one answer
+WRITTEN = 30.0  # seconds that Redis may take to write its append-only file
 _STRINGS = 500  # keys read at once
+_LOOK = 0.05  # seconds between looks
 _PIECE = 8 * 2**20  # bytes read of strings, or sent, at once
 _TOO_LARGE = "TOOLARGE"
 
@@ -207,6 +210,20 @@ class Stage:
             redis.RedisError: It is not there any more, or Redis does not answer.
         """
         return int(_ask(self._client, "EVAL", _SWITCH, 0, self._prefix, int(self._lasting), *PRESENT))
+
+    def written(self) -> None:
+        """Wait until the append-only file, where there is one, would bring this back after a crash of Redis.
+
+        A write waits in Redis's memory while the one before is being synced, which a slow disk makes long.
+
+        Raises:
+            redis.RedisError: It takes too long, or Redis does not answer.
+        """
+        deadline = time.monotonic() + WRITTEN
+        while self._client.info("persistence").get("aof_buffer_length"):
+            if time.monotonic() > deadline:
+                raise redis.TimeoutError(f"its append-only file is not written within {WRITTEN:g} s")
+            time.sleep(_LOOK)
 
     def discard(self) -> None:
         """Drop what is staged."""

@@ -97,6 +97,7 @@ def restore(settings: Settings, archive: Archive) -> Restored:
             raise
         try:
             keys = stage.switch()
+            stage.written()
         except Exception as error:
             raise Unreachable(
                 f"The ledger is restored, but Redis is not: {str(error).rstrip('.')}.",

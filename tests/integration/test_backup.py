@@ -292,6 +292,31 @@ def test_half_restored(settings: Settings, client: Any, tmp_path: Path) -> None:
     assert content(client) == old
 
 
+def test_a_disk_that_takes_too_long(
+    settings: Settings, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Redis has not written yet, it would not have after a crash."""
+    fill(client)
+    old = content(client)
+    save(settings, tmp_path / "b", embedded=False)
+    client.set("k", "new")
+    info, waiting = redis.Redis.info, [5, 5, 5]
+
+    def slow(asked: redis.Redis, section: str) -> Any:
+        return dict(info(asked, section)) | {"aof_buffer_length": waiting.pop() if waiting else 0}
+
+    monkeypatch.setattr(redis.Redis, "info", slow)
+    with monkeypatch.context() as impatient:
+        impatient.setattr(broker, "WRITTEN", 0.0)
+        with pytest.raises(Unreachable, match="append-only file is not written within 0 s") as caught:
+            back(settings, tmp_path / "b")
+        assert caught.value.code == "half_restored"
+    assert waiting
+    back(settings, tmp_path / "b")
+    assert not waiting
+    assert content(client) == old
+
+
 def test_beside_traffic(settings: Settings, server: OwnRedis, client: Any, tmp_path: Path) -> None:
     """A message that is moved between queues all the time is in every backup once."""
     client.lpush("from", *range(50))

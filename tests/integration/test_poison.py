@@ -195,14 +195,15 @@ def test_rows_that_a_kill_met_by_chance_run_again_in_two_rounds(
 def test_others_wait_while_a_session_has_suspects(settings: Settings, ledger: Ledger) -> None:
     """The rows that a killed worker had in flight run again in halves, while the other session has none in flight."""
     batch = planned(settings, ledger, rows(64))
-    with scripted_engine(slots=4, ttft_ms=100) as engine:
+    with scripted_engine(slots=0, ttft_ms=100) as engine:
         here = on(settings, engine, batch_concurrency=8)
         with workers(here, 1) as processes:
-            engine.wait_for(lambda stats: stats["in_flight"] == 8)
+            engine.wait_for(lambda stats: stats["waiting"] == 8)
             pid, killed = next((int(s.owner), s.id) for s in ledger.shards(batch) if s.owner)
             with Running(here, ledger) as other:
-                engine.wait_for(lambda stats: stats["requests"] >= 16)
+                engine.wait_for(lambda stats: stats["waiting"] == 12)
                 processes.kill(pid)
+                engine.script(slots=4)
                 expire(ledger, killed, *(s.id for s in ledger.shards(batch) if s.owner == str(pid)))
                 other.result()
                 until(ledger.ready_to_merge, lambda: str(ledger.batch(batch)))
