@@ -76,7 +76,8 @@ class Up:
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory, new_cli: Callable[..., Cli]) -> Iterator[Up]:
     """One `millrace up` with everything embedded, for a whole module."""
-    cli = new_cli(tmp_path_factory.mktemp("up") / "home")
+    # Nobody dies in it: a slow disk is not to cost a lease.
+    cli = new_cli(tmp_path_factory.mktemp("up") / "home", BATCH_LEASE_SECONDS=30)
     try:
         with cli.up() as (running, told):
             yield Up(cli, running, told)

@@ -268,7 +268,7 @@ def asked(cli: Cli, word: str) -> tuple[int, str]:
         while piece := os.read(ours, 4096):
             said += piece
     os.close(ours)
-    return process.wait(60), said.decode()
+    return process.wait(30), said.decode()
 
 
 def test_a_terminal_is_asked(ready: Cli, client: Any) -> None:

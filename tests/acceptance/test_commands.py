@@ -284,7 +284,7 @@ def test_engine_sim(cli: Cli) -> None:
         assert cli.run("chat", "Hello").code == 0
         assert cli.run("doctor", "--json").json["checks"][3]["what"].startswith("vllm ")
         running.send(signal.SIGTERM)
-        done = running.wait(60)
+        done = running.wait(15)
     assert done.code == 0, done
     assert '"status":200' in log.read_text()
     cli.gone()

@@ -148,7 +148,7 @@ def test_a_killed_pull_goes_on_where_it_was(hub: Hub, pulling: Cli, content: byt
         busy = pulling.run("models", "pull", GGUF, "--json")
         assert (busy.code, busy.error["code"]) == (3, "download_busy")
         running.send(signal.SIGKILL)
-        running.process.wait(60)
+        running.process.wait(10)
     hub.release.set()
     assert not part.with_suffix("").exists()
     assert pulling.run("models", "list", "--json").json == {"files": []}
@@ -166,7 +166,7 @@ def test_ctrl_c_keeps_what_came(hub: Hub, pulling: Cli, content: bytes) -> None:
     with pulling.start("models", "pull", GGUF) as running:
         running.until(lambda: part.is_file() and part.stat().st_size == 1_000_000, "a million bytes")
         running.send(signal.SIGINT)
-        done = running.wait(60)
+        done = running.wait(10)
     assert (done.code, done.out) == (130, "")
     assert "what came is kept" in done.err
     hub.release.set()
@@ -183,7 +183,7 @@ def test_a_killed_pull_of_a_folder_goes_on_where_it_was(hub: Hub, pulling: Cli, 
         busy = pulling.run("models", "pull", HF, "--json")
         assert (busy.code, busy.error["code"]) == (3, "download_busy")
         running.send(signal.SIGKILL)
-        running.process.wait(60)
+        running.process.wait(10)
     hub.release.set()
     # What is incomplete is no model to anybody.
     assert not (pulling.folder / "models" / "hf" / "stone-7B").exists()

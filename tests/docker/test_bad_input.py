@@ -19,7 +19,7 @@ from tests.services import environment
 
 pytestmark = pytest.mark.timeout(LIMIT)
 
-SOON = 120.0  # seconds; the health check alone would allow half an hour
+SOON = 30.0  # seconds; the health check alone would allow half an hour
 
 
 def refused(project: Project, code: str, *, exit_code: int = 3, seconds: float = SOON) -> Done:
@@ -158,14 +158,14 @@ def test_a_password_that_compose_cannot_read_is_not_shown(project: Callable[...,
 
 def test_an_image_that_is_not_there(queued: Callable[..., Project]) -> None:
     one = queued("vllm", VLLM_IMAGE="registry.invalid/vllm:none")
-    message = refused(one, "image_missing").error["message"]
+    message = refused(one, "image_missing", seconds=60).error["message"]
     assert message.startswith("The image registry.invalid/vllm:none is not here")
 
 
 def test_another_services_image_that_is_not_there(queued: Callable[..., Project]) -> None:
     one = queued("llamacpp")
     one.set(REDIS_IMAGE="registry.invalid/redis:none")
-    error = refused(one, "image_missing").error
+    error = refused(one, "image_missing", seconds=60).error
     one.set(REDIS_IMAGE=None)
     assert "redis" in error["message"]
     assert "take its file out of COMPOSE_FILE" in error["hint"]
@@ -173,7 +173,7 @@ def test_another_services_image_that_is_not_there(queued: Callable[..., Project]
 
 def test_a_data_dir_that_is_not_there(queued: Callable[..., Project], worker_image: None) -> None:
     one = queued("llamacpp", "worker", DATA_DIR="nowhere")
-    done = refused(one, "folder_missing")
+    done = refused(one, "folder_missing", seconds=120)
     assert f"There is no folder {one.folder}/nowhere" in done.error["message"]
     (one.folder / "nowhere").mkdir()
 
@@ -181,7 +181,7 @@ def test_a_data_dir_that_is_not_there(queued: Callable[..., Project], worker_ima
 def test_a_data_dir_that_workers_cannot_write(queued: Callable[..., Project], worker_image: None) -> None:
     one = queued("llamacpp", "worker", WORKER_USER="4242:4242")
     (one.folder / "millrace-data").mkdir(mode=0o700)
-    done = refused(one, "container_failed")
+    done = refused(one, "container_failed", seconds=120)
     assert done.error["message"].startswith("worker ")
     assert "WORKER_USER must be able to write DATA_DIR" in done.error["message"]
 

@@ -183,6 +183,7 @@ def test_containers_that_are_not_well(project: Projects) -> None:
     until(lambda: state("well")["Health"]["Status"] == "healthy", "a well one")
     until(lambda: made.container("model")["RestartCount"] >= 2, "one that ends again and again")
 
+    noticed = state("greedy")["OOMKilled"]
     findings = examine(made.cli, 3)
     mine = [finding for finding in findings if finding["check"] == "containers"]
     wrong = {finding["what"].split()[0]: finding for finding in mine if finding["verdict"] == "wrong"}
@@ -191,7 +192,7 @@ def test_containers_that_are_not_well(project: Projects) -> None:
         assert what in wrong[name]["what"], wrong[name]
         assert mend in wrong[name]["mend"], wrong[name]
     by_limit = "ended by its memory limit" in wrong["greedy"]["what"]
-    assert by_limit is state("greedy")["OOMKilled"]
+    assert noticed <= by_limit <= state("greedy")["OOMKilled"]  # it may come to know of it meanwhile
     assert made.variables["REDIS_PASSWORD"] not in str(findings)
     assert "well healthy" in found(findings, "containers", "ok")["what"]
     notes = [finding["what"] for finding in mine if finding["verdict"] == "note"]

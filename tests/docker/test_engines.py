@@ -357,7 +357,7 @@ def test_workers_in_containers(project: Callable[..., Project], llamacpp_image: 
         lambda: one.cli.run("batch", "show", batch, "--json").json["request_counts"]["completed"], "a first answer", 60
     )
     # A soft shutdown: what is in flight is answered or put back, well within the grace period.
-    one.compose("stop", "worker", seconds=240)
+    one.compose("stop", "worker", seconds=130)
     for index in (1, 2):
         assert one.container("worker", index)["State"]["ExitCode"] == 0, one.logs("worker")
     shown = one.cli.run("batch", "show", batch, "--json").json
@@ -365,7 +365,7 @@ def test_workers_in_containers(project: Callable[..., Project], llamacpp_image: 
     # So does a plain Celery worker in the same image (REMAP_SIGTERM).
     plain = one.compose("run", "--detach", "worker", "celery", "-A", "worker", "worker", "-c", "2").stdout.split()[-1]
     until(lambda: " ready." in docker("logs", plain).stderr, lambda: docker("logs", plain).stderr)
-    docker("stop", "--time", "60", plain, seconds=180)
+    docker("stop", "--time", "60", plain, seconds=90)
     assert docker("inspect", "-f", "{{.State.ExitCode}}", plain).stdout.strip() == "0", docker("logs", plain).stderr
     assert "soft shutdown" in docker("logs", plain).stderr.lower()
     one.compose("start", "worker")

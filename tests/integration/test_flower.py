@@ -141,7 +141,7 @@ def test_it_outlives_redis(tmp_path: Path) -> None:
             assert shown.request("/api/queues/length")[0] == 503
             assert shown.request("/broker")[0] == 200
             running.send(signal.SIGTERM)
-            assert running.wait(60).code == 0
+            assert running.wait(20).code == 0
 
 
 # Who may look, and what may be done.

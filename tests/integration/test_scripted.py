@@ -376,7 +376,7 @@ def test_exit_is_a_crash_that_leaves_the_log() -> None:
         assert post_chat(engine)[0] == 200
         with pytest.raises(aiohttp.ClientError):
             post_chat(engine, "poison")
-        assert engine.process.wait(60) == 137
+        assert engine.process.wait(10) == 137
         assert [line["event"] for line in engine.log()] == ["start", "end", "start"]
 
 
@@ -664,7 +664,7 @@ def test_ends_cleanly_on_a_signal_even_with_a_hung_request(number: signal.Signal
         raw.sendall(_raw_request())
         engine.wait_for(lambda stats: stats["working"] == 1)
         engine.process.send_signal(number)
-        assert engine.process.wait(60) == 0
+        assert engine.process.wait(10) == 0
         assert engine.log()[-1]["cancelled"]
         assert engine.stderr() == ""
 
@@ -673,7 +673,7 @@ def test_ends_with_its_stdin() -> None:
     with scripted_engine() as engine:
         assert engine.process.stdin is not None
         engine.process.stdin.close()
-        assert engine.process.wait(60) == 0
+        assert engine.process.wait(10) == 0
 
 
 def test_kill_and_stop() -> None:

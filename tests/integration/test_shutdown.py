@@ -65,7 +65,7 @@ def storm(parts: tuple[str, Engine, Celery], tmp_path: Path, **more: str) -> Non
         for _ in range(20):
             worker.process.send_signal(signal.SIGTERM)
         assert sent.get(timeout=90)["object"] == "chat.completion"
-        assert worker.process.wait(60) == 0
+        assert worker.process.wait(20) == 0
         assert "Ending at once" not in worker.log
         assert not waiting.ready()
     with redis.Redis.from_url(url) as client:
@@ -88,7 +88,7 @@ def twice(parts: tuple[str, Engine, Celery], tmp_path: Path, number: signal.Sign
         worker.process.send_signal(number)
         after_the_echo(worker)
         worker.process.send_signal(number)
-        assert worker.process.wait(60) == 128 + number
+        assert worker.process.wait(20) == 128 + number
         assert worker.log.count("Ending at once") == 1
         until(lambda: not any(map(lives, children)), "an end of its children")
         engine.wait_for(lambda stats: stats["in_flight"] == 0)
@@ -107,7 +107,7 @@ def test_a_task_that_waits_for_the_engine_goes_back(parts: tuple[str, Engine, Ce
         sent = plain.send_task("inference.chat", args=[HELLO, "scripted"], queue="interactive")
         until(lambda: f"inference.chat[{sent.id}] received" in worker.log, "a task that waits")
         worker.process.send_signal(signal.SIGTERM)
-        assert worker.process.wait(60) == 0
+        assert worker.process.wait(10) == 0
     with redis.Redis.from_url(url) as client:
         assert client.hlen("unacked") == 0
         (message,) = client.lrange("interactive", 0, -1)

@@ -50,7 +50,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         process.terminate()
         try:
-            process.wait(60)
+            process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
